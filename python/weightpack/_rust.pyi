@@ -1,0 +1,119 @@
+"""The native module. Thin: arguments in, bytes moved with the interpreter released, results out.
+
+Structured arguments and results cross as JSON text; `weightpack.convert`, `weightpack.inspect_` and
+`weightpack.checkpoint` turn them into dataclasses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+def formats() -> str:
+    """JSON list of the format table: name, short, container, exactness, peer, reader, bits_per_weight."""
+
+def layout(format: str, shape: list[int], params: str) -> str:
+    """JSON list of components: suffix, sibling, dtype, shape, bytes, late. `params` is a JSON object."""
+
+def encode(
+    format: str,
+    shape: list[int],
+    params: str,
+    data: NDArray[np.uint8],
+    dtype: str,
+    out: list[NDArray[np.uint8]],
+    threads: int | None,
+) -> list[int]:
+    """Encodes a whole array into one byte array per component; gives each one's final length in bytes."""
+
+def decode(
+    format: str,
+    shape: list[int],
+    params: str,
+    parts: list[NDArray[np.uint8]],
+    out: NDArray[np.uint8],
+    dtype: str,
+    threads: int | None,
+) -> None:
+    """Decodes component byte arrays into `out`, rounded once to `dtype`."""
+
+def pack_int4(codes: NDArray[np.uint8], order: str) -> NDArray[np.uint8]: ...
+def unpack_int4(packed: NDArray[np.uint8], order: str, count: int) -> NDArray[np.uint8]: ...
+
+class Checkpoint:
+    """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""
+
+    @staticmethod
+    def open(path: str) -> Checkpoint:
+        """`path`: a .safetensors, an *.index.json beside its shards, or a .gguf (any part of a split one)."""
+
+    def describe(self) -> str:
+        """JSON object:
+        container: "safetensors" | "gguf"; big_endian: bool; warnings: [str];
+        files: [{path, bytes, header_bytes}];
+        tensors: [{name, shape, dtype, format, weights, stored_bytes, file (index), parts: [{name, dtype, shape, bytes}]}]
+        A packed weight and its statistics are one tensor; `format` is null where none decodes it, and
+        `dtype` is the element type that decoding gives back (the stored type for plain ones).
+        """
+
+    def metadata(self) -> str:
+        """JSON object of metadata. GGUF arrays longer than 64 items are shown as {"type", "count"}."""
+
+    def metadata_value(self, key: str) -> Any:
+        """One GGUF metadata value, decoded whole; KeyError when absent."""
+
+    def read(self, name: str, out: NDArray[np.uint8], dtype: str, threads: int | None) -> None:
+        """Decodes one tensor into `out`, rounded once to `dtype`; a stored integer type is copied as it is."""
+
+class Plan:
+    """A conversion, complete and checked before the first byte is written."""
+
+    @staticmethod
+    def build(request: str, checkpoints: list[Checkpoint]) -> Plan:
+        """`request` is a JSON object:
+        destination: path; kind: "folder" | "file" (a file destination has exactly one output and no files);
+        outputs: [{
+            container: "safetensors" | "gguf"; folder: "" or a subfolder; stem: "model";
+            max_shard_bytes: int | null;
+            metadata: {str: str} (safetensors) | [[key, type, value]] (gguf; type "u32", "str", "[i32]", ...);
+            metadata_from: index of a gguf checkpoint whose key-value pairs are carried over | null;
+            tensors: [{checkpoint: int, name: str, as: str, format: full format name | "copy",
+                       params: {block_size?, double_quant?}, why: str}]
+        }];
+        files: [{path: relative path, text: str} | {path: relative path, copy: absolute path}];
+        options: {threads: int | null, max_memory_bytes: int, slab_bytes: int | null, verify: bool,
+                  keep_nonfinite: bool, sync: bool}
+        """
+
+    def describe(self) -> str:
+        """JSON object: plan_id; threads; source_bytes; output_bytes (at most); memory_bytes; disk_free_bytes;
+        files: [{path, bytes, tensors}];
+        tensors: [{name, as, shape, from, to, why, source_bytes, output_bytes, file, copied: bool}]
+        """
+
+    def run(
+        self,
+        *,
+        overwrite: bool,
+        resume: bool,
+        on_progress: Callable[[int, int, int, str], None] | None,
+    ) -> str:
+        """Carries the plan out. `on_progress(read_bytes, source_bytes, written_bytes, tensor)` is called about ten
+        times a second from the calling thread; signals are seen as often.
+
+        JSON report: seconds; read_bytes; written_bytes; resumed_bytes; files: [{path, bytes}];
+        tensors: [{name, as, from, to, output_bytes, bits_per_weight,
+                   error: null | {weights, signal, noise, cross, power, max_error, relative_rms, snr_db, cosine}}]
+        """
+
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    pairs: list[tuple[str, str]],
+    threads: int | None,
+    on_progress: Callable[[int, int, int, str], None] | None,
+) -> str:
+    """JSON list in the order of `pairs`: {a, b, error: {...} as in a report}."""

@@ -1,0 +1,285 @@
+//! Numeric layouts of one tensor.
+//!
+//! A [`Format`] says which arrays ("components") are stored for a tensor of a given shape, as pure
+//! arithmetic, and turns weights into the bytes of those arrays and back. Loading, saving,
+//! converting, inspecting and comparing all take their sizes from [`Format::layout`]; none has a
+//! size formula of its own.
+//!
+//! Work comes in *tiles*: runs of weights in memory order that begin at a multiple of
+//! [`Layout::unit_weights`] and end at one or at the end of the tensor. A tile is decoded to `f32`,
+//! encoded and measured while it is in cache, so every format here takes and gives `f32` only;
+//! [`crate::float`] widens and narrows.
+//!
+//! [`FORMATS`] is the only list of formats.
+
+mod blocks;
+mod bnb4;
+mod bnb8;
+mod ggml_basic;
+mod plain;
+
+use std::borrow::Cow;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::shape;
+
+pub use blocks::Block;
+
+/// Most components of one format that are cut into tiles.
+pub const MAX_PARTS: usize = 4;
+
+/// The bytes of one tile in each sliced component, in component order; the rest are empty.
+pub type Parts<'a> = [&'a [u8]; MAX_PARTS];
+
+/// As [`Parts`], to be filled.
+pub type PartsMut<'a> = [&'a mut [u8]; MAX_PARTS];
+
+/// Choices a format leaves open, and facts a packed tensor records about itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Params {
+    /// Weights sharing a scale in memory order; `None` takes the format's default.
+    pub block_size: Option<u64>,
+    /// bitsandbytes 4-bit: quantize the scales as well.
+    pub double_quant: bool,
+    /// Element type that decoding gives back; recorded by formats that store it.
+    pub dtype: Dtype,
+    /// bitsandbytes double quantization: mean that was taken off the scales. Set by
+    /// [`Format::settle`] when encoding and by the reader when decoding.
+    pub nested_offset: f32,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Params {
+            block_size: None,
+            double_quant: false,
+            dtype: Dtype::F32,
+            nested_offset: 0.0,
+        }
+    }
+}
+
+/// How the bytes of a component follow from the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Span {
+    /// Every `weights` weights in memory order take `bytes` bytes; a last partial run takes
+    /// `bytes` as well.
+    Blocks {
+        /// Weights per run.
+        weights: u64,
+        /// Bytes per run.
+        bytes: u64,
+    },
+    /// One array for the whole tensor, known once the tensor is encoded.
+    Whole,
+    /// As [`Span::Whole`], and its length is only known then: the layout's length is the most.
+    WholeAtMost,
+}
+
+impl Span {
+    /// Byte range of the weights `first..first + count`; empty for whole-tensor arrays. `first`
+    /// must be a multiple of the run length.
+    pub fn range(self, first: u64, count: u64) -> std::ops::Range<u64> {
+        match self {
+            Span::Blocks { weights, bytes } => {
+                let start = first / weights;
+                start * bytes..(start + count.div_ceil(weights)) * bytes
+            }
+            Span::Whole | Span::WholeAtMost => 0..0,
+        }
+    }
+
+    /// Whether this component is cut into tiles.
+    pub fn is_sliced(self) -> bool {
+        matches!(self, Span::Blocks { .. })
+    }
+}
+
+/// One stored array of an encoded tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Component {
+    /// What is appended to the tensor's name; empty for the main array.
+    pub suffix: Cow<'static, str>,
+    /// The suffix replaces the last segment of the tensor's name (bitsandbytes' `SCB`), instead of
+    /// following it behind a dot.
+    pub sibling: bool,
+    /// Stored element type.
+    pub dtype: Dtype,
+    /// Stored shape; for [`Span::WholeAtMost`] the largest possible.
+    pub shape: Vec<u64>,
+    /// How its bytes follow from the weights.
+    pub span: Span,
+}
+
+impl Component {
+    /// Name of this array in the file, for a tensor called `base`.
+    pub fn stored_name(&self, base: &str) -> String {
+        match (self.suffix.as_ref(), self.sibling) {
+            ("", _) => base.to_owned(),
+            (suffix, false) => format!("{base}.{suffix}"),
+            (suffix, true) => match base.rsplit_once('.') {
+                Some((module, _)) => format!("{module}.{suffix}"),
+                None => suffix.to_owned(),
+            },
+        }
+    }
+}
+
+/// What is stored for one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout {
+    /// Logical shape, slowest dimension first.
+    pub shape: Vec<u64>,
+    /// Product of the shape.
+    pub weights: u64,
+    /// The parameters, defaults filled in.
+    pub params: Params,
+    /// Stored arrays; at most [`MAX_PARTS`] of them sliced.
+    pub components: Vec<Component>,
+    /// Tiles begin at multiples of this many weights. At least 1.
+    pub unit_weights: u64,
+    /// Bytes of tensor-wide statistics that a first pass collects (a [`Span::Blocks`]); `None` for
+    /// formats that need one pass only.
+    pub statistics: Option<Span>,
+}
+
+impl Layout {
+    /// Bytes of component `index`, at most.
+    pub fn component_bytes(&self, index: usize) -> Result<u64> {
+        let component = self
+            .components
+            .get(index)
+            .ok_or_else(|| Error::config(format!("no component {index}")))?;
+        component.dtype.byte_len(&component.shape)
+    }
+
+    /// Bytes of all components, at most.
+    pub fn total_bytes(&self) -> Result<u64> {
+        (0..self.components.len()).try_fold(0u64, |sum, index| {
+            shape::add(sum, self.component_bytes(index)?, "tensor size")
+        })
+    }
+
+    /// The sliced components, in order: what [`Parts`] holds.
+    pub fn sliced(&self) -> impl Iterator<Item = (usize, &Component)> {
+        self.components
+            .iter()
+            .enumerate()
+            .filter(|(_, component)| component.span.is_sliced())
+    }
+}
+
+/// How close a format is to its peer library. Every claim is backed by a test against that peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exactness {
+    /// Byte-equal to the named peer on finite input.
+    Exact,
+    /// Byte-equal once one named value is given.
+    ExactGiven(&'static str),
+}
+
+/// One row of the format table.
+#[derive(Debug, Clone, Copy)]
+pub struct Info {
+    /// Full name, `backend:name`.
+    pub name: &'static str,
+    /// Short form, where it is unambiguous.
+    pub short: Option<&'static str>,
+    /// Container the backend reads it from: `safetensors`, `gguf`, or both as `any`.
+    pub container: &'static str,
+    /// How close it is to its peer.
+    pub exactness: Exactness,
+    /// The peer and its version.
+    pub peer: &'static str,
+    /// Who reads the result.
+    pub reader: &'static str,
+    /// Nominal bits per weight, data and scales, at default parameters.
+    pub bits_per_weight: f64,
+}
+
+/// A numeric layout. Object-safe; implementations hold no state.
+pub trait Format: Sync + Send {
+    /// This format's row in the table.
+    fn info(&self) -> &'static Info;
+
+    /// Components, sizes and tile unit for a tensor of `shape`. Pure arithmetic; refuses shapes
+    /// and parameters the format cannot take.
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout>;
+
+    /// First pass of formats with [`Layout::statistics`]: writes what the tile contributes.
+    fn measure(
+        &self,
+        _layout: &Layout,
+        _first: u64,
+        _weights: &[f32],
+        _statistics: &mut [u8],
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Between the passes: turns the statistics of the whole tensor into what `encode` needs, and
+    /// records tensor-wide parameters in the layout.
+    fn settle(&self, _layout: &mut Layout, _statistics: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Encodes the tile that begins at weight `first` into its part of each sliced component.
+    /// `statistics` is the whole tensor's (empty for one-pass formats). The weights are finite
+    /// unless the caller chose to keep non-finite ones.
+    fn encode(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: &[f32],
+        statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()>;
+
+    /// Decodes the tile that begins at weight `first`.
+    fn decode(
+        &self,
+        layout: &Layout,
+        first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()>;
+
+    /// Bytes of each whole-tensor component, by component index, after encoding.
+    fn whole(&self, _layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
+        Ok(Vec::new())
+    }
+
+    /// Whether a 64-bit source must be narrowed to `f32` by rounding to odd, because this format
+    /// rounds once more to 16 bits (so that the two roundings equal one).
+    fn rounds_to_16_bits(&self) -> bool {
+        false
+    }
+
+    /// Whether weights that are not finite can be stored in a defined way.
+    fn takes_nonfinite(&self) -> bool {
+        false
+    }
+}
+
+/// Every format, in the order tables show them.
+pub static FORMATS: &[&dyn Format] = &[];
+
+/// The format called `name`: a full name (`gguf:q8_0`) or an unambiguous short one (`nf4`).
+pub fn find(name: &str) -> Result<&'static dyn Format> {
+    FORMATS
+        .iter()
+        .copied()
+        .find(|format| format.info().name == name || format.info().short == Some(name))
+        .ok_or_else(|| {
+            let known: Vec<&str> = FORMATS.iter().map(|format| format.info().name).collect();
+            Error::unsupported(format!("unknown format \"{name}\""))
+                .hint(format!("known formats: {}", known.join(", ")))
+        })
+}
+
+/// The format that decodes one stored array of type `dtype` by itself, if there is one.
+pub fn for_dtype(dtype: Dtype) -> Option<&'static dyn Format> {
+    let _ = dtype;
+    None
+}

@@ -1,0 +1,54 @@
+//! The one map from the crate's errors to Python's. Classes are defined in `weightpack.errors`, so
+//! that they can be imported and documented without the native module.
+
+use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError};
+use pyo3::prelude::*;
+
+use crate::error::{escape, Error};
+
+/// The Python exception for `error`: a class of `weightpack.errors`, `OSError` with errno and file
+/// name, or `KeyboardInterrupt`.
+pub fn to_python(error: &Error) -> PyErr {
+    let class = match error {
+        Error::Checkpoint(_) => "CheckpointError",
+        Error::Format(_) => "FormatError",
+        Error::Config(_) => "ConfigError",
+        Error::Unsupported(_) => "UnsupportedError",
+        Error::Io {
+            action,
+            path,
+            source,
+        } => {
+            let path = escape(&path.to_string_lossy());
+            return match source.raw_os_error() {
+                Some(errno) => {
+                    let reason = source.to_string();
+                    let reason = reason
+                        .split(" (os error")
+                        .next()
+                        .unwrap_or_default()
+                        .to_owned();
+                    PyOSError::new_err((errno, format!("{action}: {reason}"), path))
+                }
+                None => PyOSError::new_err(format!("{action} {path}: {source}")),
+            };
+        }
+        Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
+    };
+    Python::attach(|py| {
+        let made = py
+            .import("weightpack.errors")
+            .and_then(|module| module.getattr(class))
+            .and_then(|class| class.call1((error.to_string(),)));
+        match made {
+            Ok(exception) => PyErr::from_value(exception),
+            Err(failure) => failure,
+        }
+    })
+}
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        to_python(&error)
+    }
+}
