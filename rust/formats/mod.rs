@@ -179,6 +179,17 @@ pub enum Exactness {
     ExactGiven(&'static str),
 }
 
+/// What a format does with weights that are not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NonFinite {
+    /// They are values like any other (casts).
+    Stored,
+    /// They have a defined encoding, which is used only if the caller asks for it.
+    OnRequest,
+    /// They have none.
+    Refused,
+}
+
 /// One row of the format table.
 #[derive(Debug, Clone, Copy)]
 pub struct Info {
@@ -256,9 +267,21 @@ pub trait Format: Sync + Send {
         false
     }
 
-    /// Whether weights that are not finite can be stored in a defined way.
-    fn takes_nonfinite(&self) -> bool {
-        false
+    /// As [`Format::decode`], but a 64-bit weight is narrowed by rounding to odd, so that one more
+    /// rounding to 16 bits gives the correctly rounded result. Differs for `f64` only.
+    fn decode_to_odd(
+        &self,
+        layout: &Layout,
+        first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        self.decode(layout, first, parts, weights)
+    }
+
+    /// What happens to weights that are not finite.
+    fn nonfinite(&self) -> NonFinite {
+        NonFinite::Refused
     }
 }
 
