@@ -1,0 +1,76 @@
+"""weightpack packs model weights on any CPU, in the exact bytes that the backend libraries read.
+
+Importing this package loads neither torch nor numpy: every name below is looked up in its module
+when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, open_checkpoint
+    from .convert_ import ConvertReport, convert
+    from .diff_ import DiffReport, diff
+    from .errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        FormatError,
+        UnsupportedError,
+        WeightpackError,
+    )
+    from .inspect_ import CheckpointInfo, inspect
+
+    __version__: str
+
+_NAMES = {
+    "BackendError": "errors",
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "errors",
+    "CheckpointInfo": "inspect_",
+    "ConfigError": "errors",
+    "ConvertReport": "convert_",
+    "DiffReport": "diff_",
+    "FormatError": "errors",
+    "UnsupportedError": "errors",
+    "WeightpackError": "errors",
+    "__version__": "_rust",
+    "convert": "convert_",
+    "diff": "diff_",
+    "inspect": "inspect_",
+    "open_checkpoint": "checkpoint",
+}
+
+__all__ = [
+    "BackendError",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointInfo",
+    "ConfigError",
+    "ConvertReport",
+    "DiffReport",
+    "FormatError",
+    "UnsupportedError",
+    "WeightpackError",
+    "__version__",
+    "convert",
+    "diff",
+    "inspect",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _NAMES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

@@ -1,0 +1,50 @@
+"""Optional packages: looked up without being imported, imported on first use.
+
+A package that is missing gives one message: what is missing, what it is for, and which extra of
+weightpack installs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+from .errors import BackendError
+
+EXTRAS = {
+    "accelerate": "torch",
+    "bitsandbytes": "bitsandbytes",
+    "diffusers": "diffusers",
+    "gguf": "gguf",
+    "safetensors": "torch",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+"""Import name of each optional package, and the extra that installs it."""
+
+
+def is_installed(package: str) -> bool:
+    """Whether `package` can be imported, without importing it."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, purpose: str) -> ModuleType:
+    """Imports `package`, or says what it is needed for and how to get it.
+
+    `purpose` completes the sentence "`package` is needed to ...". Only the absence of the package
+    itself is translated: an error from inside it passes through.
+    """
+    if not is_installed(package):
+        raise missing(package, purpose)
+    return importlib.import_module(package)
+
+
+def missing(package: str, purpose: str) -> BackendError:
+    """The error for an optional package that is not installed."""
+    extra = EXTRAS.get(package)
+    install = f"pip install 'weightpack[{extra}]'" if extra else f"pip install {package}"
+    return BackendError(f"{package} is needed to {purpose}, and is not installed", hint=install)

@@ -1,0 +1,1 @@
+"""Adapters to the libraries that run the models, one module each."""
