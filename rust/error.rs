@@ -49,6 +49,9 @@ pub enum Error {
         /// The system's own error.
         source: io::Error,
     },
+    /// A fault of this crate itself.
+    #[error("internal error: {0}")]
+    Internal(String),
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -123,7 +126,7 @@ impl Error {
             | Error::Format(fault)
             | Error::Config(fault)
             | Error::Unsupported(fault) => Some(fault),
-            Error::Io { .. } | Error::Interrupted => None,
+            Error::Io { .. } | Error::Internal(_) | Error::Interrupted => None,
         }
     }
 
@@ -133,7 +136,7 @@ impl Error {
             | Error::Format(fault)
             | Error::Config(fault)
             | Error::Unsupported(fault) => change(fault),
-            Error::Io { .. } | Error::Interrupted => {}
+            Error::Io { .. } | Error::Internal(_) | Error::Interrupted => {}
         }
         self
     }

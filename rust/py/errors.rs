@@ -14,6 +14,7 @@ pub fn to_python(error: &Error) -> PyErr {
         Error::Format(_) => "FormatError",
         Error::Config(_) => "ConfigError",
         Error::Unsupported(_) => "UnsupportedError",
+        Error::Internal(_) => "WeightpackError",
         Error::Io {
             action,
             path,
