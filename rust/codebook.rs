@@ -1,1 +1,174 @@
-//! Fixed code tables.
+//! The fixed tables of 4-bit and 8-bit codes.
+//!
+//! Values from bitsandbytes 0.50.2 (`functional.py`: `get_4bit_type`, `create_dynamic_map`); the
+//! golden vectors hold the peer's own tables.
+
+/// A 4-bit code: its values and the order in which a number finds its code.
+#[derive(Debug)]
+pub struct Codebook {
+    /// Value of each code.
+    pub values: [f32; 16],
+    /// The codes, sorted by value.
+    pub order: [u8; 16],
+    /// Midpoints of neighbouring values in that order. A number takes the code after the last
+    /// midpoint it exceeds; one that lies exactly on a midpoint takes the lower value.
+    pub thresholds: [f32; 15],
+}
+
+impl Codebook {
+    const fn new(values: [f32; 16], order: [u8; 16]) -> Self {
+        let mut thresholds = [0.0; 15];
+        let mut i = 0;
+        while i < 15 {
+            thresholds[i] = (values[order[i] as usize] + values[order[i + 1] as usize]) / 2.0;
+            i += 1;
+        }
+        Codebook {
+            values,
+            order,
+            thresholds,
+        }
+    }
+
+    /// The code of `x`. NaN takes the last one in order.
+    pub fn code(&self, x: f32) -> u8 {
+        // Four halvings of the sorted thresholds; `!(x <= t)` lets NaN go up.
+        let mut index = 0;
+        for step in [8, 4, 2, 1] {
+            index += step
+                * usize::from(!matches!(
+                    x.partial_cmp(&self.thresholds[index + step - 1]),
+                    Some(std::cmp::Ordering::Less | std::cmp::Ordering::Equal)
+                ));
+        }
+        self.order[index]
+    }
+}
+
+/// NormalFloat4: quantiles of the normal distribution, already in order.
+pub static NF4: Codebook = Codebook::new(
+    [
+        -1.0,
+        -0.696_192_8,
+        -0.525_073_05,
+        -0.394_917_5,
+        -0.284_441_38,
+        -0.184_773_43,
+        -0.091_050_036,
+        0.0,
+        0.079_580_3,
+        0.160_930_2,
+        0.246_112_3,
+        0.337_915_24,
+        0.440_709_83,
+        0.562_617,
+        0.722_956_84,
+        1.0,
+    ],
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
+);
+
+/// bitsandbytes' FP4: code + 8 is the negative of code. Code 8 is a second zero, which follows
+/// code 0 in order: a number in (0, 1/384] takes code 8. Both zeros are positive.
+pub static FP4: Codebook = Codebook::new(
+    [
+        0.0,
+        0.0625 / 12.0,
+        8.0 / 12.0,
+        1.0,
+        4.0 / 12.0,
+        6.0 / 12.0,
+        2.0 / 12.0,
+        3.0 / 12.0,
+        0.0,
+        -0.0625 / 12.0,
+        -8.0 / 12.0,
+        -1.0,
+        -4.0 / 12.0,
+        -6.0 / 12.0,
+        -2.0 / 12.0,
+        -3.0 / 12.0,
+    ],
+    [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3],
+);
+
+/// The signed dynamic 8-bit map: seven decades, 2^i values in decade i, of both signs, with 0 and
+/// 1. Sorted; code 127 is 0.
+pub static DYNAMIC: [f32; 256] = dynamic();
+
+const fn dynamic() -> [f32; 256] {
+    // Powers of ten as the peer has them: `f64` powers rounded to `f32`.
+    const DECADES: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
+    let mut map = [0.0; 256];
+    map[255] = 1.0;
+    let mut decade = 0;
+    // Positive values ascend from code 128 on; their negatives descend from code 126 on.
+    let mut place = 128;
+    while decade < 7 {
+        let steps = 1 << decade;
+        let mut i = 0;
+        while i < steps {
+            let middle = (boundary(i, steps) + boundary(i + 1, steps)) / 2.0;
+            map[place] = DECADES[decade] * middle;
+            map[254 - place] = -map[place];
+            place += 1;
+            i += 1;
+        }
+        decade += 1;
+    }
+    map
+}
+
+/// Point `i` of `steps` equal steps from 0.1 to 1, counted from the nearer end and rounded once.
+const fn boundary(i: usize, steps: usize) -> f32 {
+    const START: f32 = 0.1;
+    const END: f32 = 1.0;
+    let step = (END - START) / steps as f32;
+    // Products of two `f32` are exact in `f64`.
+    if i < steps.div_ceil(2) {
+        (START as f64 + step as f64 * i as f64) as f32
+    } else {
+        (END as f64 - step as f64 * (steps - i) as f64) as f32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_sorted() {
+        assert!(DYNAMIC.is_sorted());
+        assert_eq!(DYNAMIC[127], 0.0);
+        for codebook in [&NF4, &FP4] {
+            assert!(codebook
+                .order
+                .map(|code| codebook.values[code as usize])
+                .is_sorted());
+            assert!(codebook.thresholds.is_sorted());
+        }
+    }
+
+    #[test]
+    fn the_nearest_code_wins_and_ties_go_down() {
+        for codebook in [&NF4, &FP4] {
+            for (index, &threshold) in codebook.thresholds.iter().enumerate() {
+                let up = codebook.order[index + 1];
+                assert_eq!(codebook.code(threshold), codebook.order[index]);
+                assert_eq!(codebook.code(threshold.next_up()), up);
+            }
+            for (code, &value) in codebook.values.iter().enumerate() {
+                assert_eq!(
+                    codebook.values[codebook.code(value) as usize],
+                    value,
+                    "{code}"
+                );
+            }
+            assert_eq!(codebook.code(f32::NAN), codebook.order[15]);
+        }
+        assert_eq!(FP4.code(0.0), 0);
+        assert_eq!(FP4.code(-0.0), 0);
+        assert_eq!(FP4.code(f32::MIN_POSITIVE), 8);
+        assert_eq!(FP4.code(-f32::MIN_POSITIVE), 0);
+    }
+}

@@ -6,8 +6,8 @@
 //! | module | holds |
 //! |---|---|
 //! | [`error`], [`dtype`], [`shape`] | the one error enum, the one type table, checked size arithmetic |
-//! | [`float`], [`bits`], [`codebook`] | half floats, bit packing, the fixed tables of 4-bit and 8-bit codes |
 //! | `kernels` | SIMD versions of the inner loops, chosen once at run time |
+//! | [`float`], [`bits`], [`codebook`] | half floats, bit packing, the fixed tables of 4-bit and 8-bit codes |
 //! | [`formats`] | numeric layouts: what is stored for a tensor, and how to encode and decode it |
 //! | [`io`] | containers: safetensors and GGUF files, shard indexes |
 //! | [`engine`] | plan, run, finish: a checkpoint in, a packed checkpoint out |
@@ -21,7 +21,8 @@ pub mod error;
 pub mod float;
 pub mod formats;
 pub mod io;
-mod kernels;
+#[doc(hidden)]
+pub mod kernels;
 #[cfg(feature = "python")]
 mod py;
 pub mod shape;

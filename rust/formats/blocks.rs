@@ -4,7 +4,8 @@ use std::marker::PhantomData;
 
 use super::{Component, Format, Info, Layout, Params, Parts, PartsMut, Span};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::kernels::{self, Level};
 use crate::shape;
 
 /// A numeric layout whose blocks stand alone: `WEIGHTS` weights in, `BYTES` bytes out.
@@ -18,11 +19,12 @@ pub trait Block: Sync + Send + 'static {
     /// Bytes per block.
     const BYTES: usize;
 
-    /// Encodes whole blocks: `weights.len() / WEIGHTS == blocks.len() / BYTES`.
-    fn encode(weights: &[f32], blocks: &mut [u8]);
+    /// Encodes whole blocks: `weights.len() / WEIGHTS == blocks.len() / BYTES`. The bytes are the
+    /// same at every level.
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]);
 
     /// Decodes whole blocks.
-    fn decode(blocks: &[u8], weights: &mut [f32]);
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]);
 }
 
 /// A [`Block`] as a format.
@@ -42,16 +44,7 @@ impl<B: Block> Format for Blocks<B> {
 
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
         B::DTYPE.byte_len(shape)?;
-        if params
-            .block_size
-            .is_some_and(|size| size != B::WEIGHTS as u64)
-        {
-            return Err(Error::config(format!(
-                "{}: block_size is always {}",
-                B::INFO.name,
-                B::WEIGHTS
-            )));
-        }
+        params.refuse_choices(B::INFO.name, Some(B::WEIGHTS as u64))?;
         Ok(Layout {
             shape: shape.to_vec(),
             weights: shape::count_weights(shape)?,
@@ -79,7 +72,7 @@ impl<B: Block> Format for Blocks<B> {
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
-        B::encode(weights, parts[0]);
+        B::encode(kernels::level(), weights, parts[0]);
         Ok(())
     }
 
@@ -90,7 +83,7 @@ impl<B: Block> Format for Blocks<B> {
         parts: &Parts<'_>,
         weights: &mut [f32],
     ) -> Result<()> {
-        B::decode(parts[0], weights);
+        B::decode(kernels::level(), parts[0], weights);
         Ok(())
     }
 }

@@ -1,1 +1,192 @@
-//! bitsandbytes int8.
+//! bitsandbytes' LLM.int8 weights: one signed byte per weight, one scale per row.
+//!
+//! For a weight of shape \[N, K\] called `m.weight`:
+//!
+//! | array | type, shape | holds |
+//! |---|---|---|
+//! | `m.weight` | I8 \[N, K\] | q |
+//! | `m.SCB` | F32 \[N\] | largest magnitude of each row |
+//! | `m.weight_format` | U8 \[\] | 0: row-major |
+//!
+//! Encoding, per row: every weight is first rounded to f16 (x); a is the largest |x|;
+//! q = x·(127 / a) in `f32`, to nearest with ties to even; SCB = a. Decoding: (q·SCB)·(1/127) with
+//! 1/127 rounded to `f32`, two roundings.
+//!
+//! Special cases:
+//! - A row of zeros (also of weights that f16 rounds to zero): SCB 0, codes 0. The peer converts
+//!   NaN to an integer there, which gives the same on x86.
+//! - A weight that f16 cannot hold (from 65520 on) is refused. The peer stores SCB = infinity and a
+//!   row of zeros, which decodes to NaN.
+//! - Weights that are not finite are refused.
+//!
+//! Peer: bitsandbytes 0.50.2 on CPU (`Int8Params._quantize`, `int8_vectorwise_quant` with threshold
+//! 0, `int8_vectorwise_dequant`). A 64-bit source is rounded to f16 once here; torch rounds it
+//! twice.
+
+use super::{Component, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::kernels::{self, Level};
+use crate::{float, shape};
+
+/// The format; it holds nothing.
+pub struct Bnb8;
+
+pub static INT8: Bnb8 = Bnb8;
+
+static INFO: Info = Info {
+    name: "bitsandbytes:int8",
+    short: None,
+    container: "safetensors",
+    exactness: Exactness::Exact,
+    peer: "bitsandbytes 0.50.2",
+    reader: "bitsandbytes, transformers, diffusers",
+    bits_per_weight: 8.0,
+};
+
+/// What a decoded product is multiplied with.
+const ONE_127TH: f32 = 1.0 / 127.0;
+
+impl Format for Bnb8 {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
+        params.refuse_choices(INFO.name, None)?;
+        let &[rows, row_weights] = shape else {
+            return Err(Error::format(format!(
+                "{}: takes 2 dimensions, got shape {shape:?}",
+                INFO.name
+            )));
+        };
+        if row_weights == 0 && rows > 0 {
+            return Err(Error::format(format!("{}: rows are empty", INFO.name)));
+        }
+        let unit_weights = row_weights.max(1);
+        Ok(Layout {
+            shape: shape.to_vec(),
+            weights: shape::count_weights(shape)?,
+            params: params.clone(),
+            components: vec![
+                Component {
+                    suffix: "".into(),
+                    sibling: false,
+                    dtype: Dtype::I8,
+                    shape: shape.to_vec(),
+                    span: Span::Blocks {
+                        weights: 1,
+                        bytes: 1,
+                    },
+                },
+                Component {
+                    suffix: "SCB".into(),
+                    sibling: true,
+                    dtype: Dtype::F32,
+                    shape: vec![rows],
+                    span: Span::Blocks {
+                        weights: unit_weights,
+                        bytes: 4,
+                    },
+                },
+                Component {
+                    suffix: "weight_format".into(),
+                    sibling: true,
+                    dtype: Dtype::U8,
+                    shape: Vec::new(),
+                    span: Span::Whole,
+                },
+            ],
+            unit_weights,
+            statistics: None,
+        })
+    }
+
+    fn encode(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: &[f32],
+        _statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        let row_weights = shape::to_usize(layout.unit_weights)?;
+        let [codes, scales, ..] = parts;
+        let rows = weights
+            .chunks_exact(row_weights)
+            .zip(codes.chunks_exact_mut(row_weights))
+            .zip(scales.as_chunks_mut().0);
+        for (row, ((weights, codes), scale)) in rows.enumerate() {
+            let most = encode_row(kernels::level(), weights, codes);
+            *scale = most.to_le_bytes();
+            if !most.is_finite() {
+                return Err(overflow(first + (row * row_weights) as u64, weights));
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        layout: &Layout,
+        _first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let row_weights = shape::to_usize(layout.unit_weights)?;
+        let [codes, scales, ..] = parts;
+        let rows = weights
+            .chunks_exact_mut(row_weights)
+            .zip(codes.chunks_exact(row_weights))
+            .zip(scales.as_chunks().0);
+        for ((weights, codes), scale) in rows {
+            decode_row(kernels::level(), codes, f32::from_le_bytes(*scale), weights);
+        }
+        Ok(())
+    }
+
+    fn whole(&self, _layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
+        Ok(vec![(2, vec![0])])
+    }
+
+    fn rounds_to_16_bits(&self) -> bool {
+        true
+    }
+}
+
+/// Encodes one row and gives the largest magnitude after rounding to f16. If that is not finite,
+/// the codes mean nothing.
+pub(crate) fn encode_row(_level: Level, weights: &[f32], codes: &mut [u8]) -> f32 {
+    // Bits of magnitudes have the order of their values, with infinity and NaN on top.
+    let most = weights.iter().fold(0, |most, &weight| {
+        (float::through_f16(weight).to_bits() & 0x7fff_ffff).max(most)
+    });
+    let most = f32::from_bits(most);
+    let scale = if most == 0.0 { 0.0 } else { 127.0 / most };
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        let code_value = (float::through_f16(weight) * scale).round_ties_even();
+        *code = (code_value as i8).cast_unsigned();
+    }
+    most
+}
+
+/// Decodes one row.
+pub(crate) fn decode_row(_level: Level, codes: &[u8], scale: f32, weights: &mut [f32]) {
+    for (weight, &code) in weights.iter_mut().zip(codes) {
+        *weight = f32::from(code.cast_signed()) * scale * ONE_127TH;
+    }
+}
+
+fn overflow(first: u64, weights: &[f32]) -> Error {
+    let index = weights
+        .iter()
+        .position(|&weight| !float::through_f16(weight).is_finite())
+        .unwrap_or(0);
+    Error::format(format!(
+        "{}: weight {} at index {} does not fit in f16, which this format rounds to first",
+        INFO.name,
+        weights[index],
+        first + index as u64
+    ))
+    .hint("keep this tensor in source precision, or choose another format")
+}

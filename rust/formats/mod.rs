@@ -22,9 +22,12 @@ use std::borrow::Cow;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::shape;
+use crate::{kernels, shape};
 
 pub use blocks::Block;
+pub use bnb4::{read_quant_state, QuantState};
+
+pub use crate::kernels::ErrorSums;
 
 /// Most components of one format that are cut into tiles.
 pub const MAX_PARTS: usize = 4;
@@ -57,6 +60,23 @@ impl Default for Params {
             dtype: Dtype::F32,
             nested_offset: 0.0,
         }
+    }
+}
+
+impl Params {
+    /// Fails if a choice is made that the format called `format` does not leave open; naming its
+    /// only block size is allowed.
+    fn refuse_choices(&self, format: &str, block_size: Option<u64>) -> Result<()> {
+        if self.block_size.is_some() && self.block_size != block_size {
+            return Err(Error::config(match block_size {
+                Some(size) => format!("{format}: block_size is always {size}"),
+                None => format!("{format}: has no block_size"),
+            }));
+        }
+        if self.double_quant {
+            return Err(Error::config(format!("{format}: has no double_quant")));
+        }
+        Ok(())
     }
 }
 
@@ -286,7 +306,19 @@ pub trait Format: Sync + Send {
 }
 
 /// Every format, in the order tables show them.
-pub static FORMATS: &[&dyn Format] = &[];
+pub static FORMATS: &[&dyn Format] = &[
+    &bnb4::NF4,
+    &bnb4::FP4,
+    &bnb8::INT8,
+    &ggml_basic::Q4_0_FORMAT,
+    &ggml_basic::Q4_1_FORMAT,
+    &ggml_basic::Q5_0_FORMAT,
+    &ggml_basic::Q5_1_FORMAT,
+    &ggml_basic::Q8_0_FORMAT,
+    &plain::BF16,
+    &plain::F16,
+    &plain::F32,
+];
 
 /// The format called `name`: a full name (`gguf:q8_0`) or an unambiguous short one (`nf4`).
 pub fn find(name: &str) -> Result<&'static dyn Format> {
@@ -303,6 +335,27 @@ pub fn find(name: &str) -> Result<&'static dyn Format> {
 
 /// The format that decodes one stored array of type `dtype` by itself, if there is one.
 pub fn for_dtype(dtype: Dtype) -> Option<&'static dyn Format> {
-    let _ = dtype;
-    None
+    Some(match dtype {
+        Dtype::F32 => &plain::F32,
+        Dtype::F16 => &plain::F16,
+        Dtype::BF16 => &plain::BF16,
+        Dtype::F64 => &plain::F64,
+        Dtype::Q4_0 => &ggml_basic::Q4_0_FORMAT,
+        Dtype::Q4_1 => &ggml_basic::Q4_1_FORMAT,
+        Dtype::Q5_0 => &ggml_basic::Q5_0_FORMAT,
+        Dtype::Q5_1 => &ggml_basic::Q5_1_FORMAT,
+        Dtype::Q8_0 => &ggml_basic::Q8_0_FORMAT,
+        _ => return None,
+    })
+}
+
+/// Compares decoded weights `y` with their source `x`. Sums of neighbouring tiles are joined by
+/// [`ErrorSums::merge`], in order.
+pub fn error_sums(x: &[f32], y: &[f32]) -> ErrorSums {
+    kernels::error_sums(kernels::level(), x, y)
+}
+
+/// Index of the first weight that is infinite or NaN.
+pub fn first_nonfinite(weights: &[f32]) -> Option<usize> {
+    kernels::first_nonfinite(kernels::level(), weights)
 }

@@ -1,0 +1,1 @@
+//! Every level gives the same bits as the scalar body.
