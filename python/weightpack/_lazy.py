@@ -35,11 +35,13 @@ def is_installed(package: str) -> bool:
 def require(package: str, purpose: str) -> ModuleType:
     """Imports `package`, or says what it is needed for and how to get it.
 
-    `purpose` completes the sentence "`package` is needed to ...". Only the absence of the package
-    itself is translated: an error from inside it passes through.
+    `package` may be a module inside a package, as in "transformers.pytorch_utils". `purpose`
+    completes the sentence "`package` is needed to ...". Only the absence of the package itself is
+    translated: an error from inside it passes through.
     """
-    if not is_installed(package):
-        raise missing(package, purpose)
+    name = package.partition(".")[0]
+    if not is_installed(name):
+        raise missing(name, purpose)
     return importlib.import_module(package)
 
 

@@ -1,0 +1,233 @@
+"""Opening a checkpoint: its tensors by name, read on demand.
+
+```python
+with weightpack.open_checkpoint("model/") as checkpoint:
+    for name, entry in checkpoint.items():
+        print(name, entry.shape, entry.format, entry.nbytes)
+    weight = checkpoint.read("lm_head.weight", dtype="float32")
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .entry import FLOATS, Entry, Part
+from .errors import CheckpointError, ConfigError, UnsupportedError
+from .folder import Model, find_models
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from . import _rust
+
+_NUMPY = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_ML_DTYPES = {
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_NAMES = {
+    **{name: name.upper() for name in FLOATS.values()},
+    **{numpy: stored for stored, numpy in _NUMPY.items()},
+    **{numpy: stored for stored, numpy in _ML_DTYPES.items()},
+}
+
+
+class Checkpoint(Mapping[str, Entry]):
+    """The tensors of one checkpoint, by name. Nothing is read until it is asked for.
+
+    A bitsandbytes weight and its statistics are one tensor. In a pipeline, names begin with the
+    component: `transformer/proj_out.weight`.
+
+    `path` is what was opened, `models` what was found there, `config` the parsed `config.json` (of
+    a single model), or `None`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], models: list[Model]) -> None:
+        from . import _rust
+
+        self.path = Path(path)
+        self.models = models
+        self.config = models[0].config if len(models) == 1 and not models[0].component else None
+        self._native: list[_rust.Checkpoint] = []
+        self._entries: dict[str, Entry] = {}
+        self._origin: dict[str, tuple[int, str]] = {}
+        self.files: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.container = ""
+        for number, model in enumerate(models):
+            native = _rust.Checkpoint.open(str(model.weights))
+            self._native.append(native)
+            described = json.loads(native.describe())
+            prefix = f"{model.component}/" if model.component else ""
+            self.container = described["container"]
+            self.files += described["files"]
+            self.warnings += [f"{prefix}{warning}" for warning in described["warnings"]]
+            for row in described["tensors"]:
+                entry = _entry(row, prefix, described["files"])
+                self._entries[entry.name] = entry
+                self._origin[entry.name] = (number, row["name"])
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {str(self.path)!r}: {len(self)} tensors>"
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the files. Entries stay; nothing can be read afterwards."""
+        self._native.clear()
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What the files say about themselves. Arrays of more than 64 items are shown as type and
+        count; `metadata_value` gives them whole."""
+        if len(self._native) == 1:
+            value: dict[str, Any] = json.loads(self._native[0].metadata())
+            return value
+        return {
+            model.component: json.loads(native.metadata())
+            for model, native in zip(self.models, self._native, strict=True)
+        }
+
+    def metadata_value(self, key: str) -> Any:
+        """One metadata value of a GGUF file, whole. Raises `KeyError` when it is absent."""
+        if len(self._native) != 1:
+            raise ConfigError("metadata values are read from one file, not from a pipeline")
+        return self._native[0].metadata_value(key)
+
+    def read(
+        self, name: str, dtype: str | None = None, out: NDArray[Any] | None = None, *, threads: int | None = None
+    ) -> NDArray[Any]:
+        """The tensor called `name` as an array of its logical shape, decoded where it is packed.
+
+        `dtype` is the element type wanted ("float32", "bfloat16", "float16", "float64"); by default
+        the stored one, and for packed tensors the one they were packed from. Values are decoded in
+        float32 and rounded once. Integers are given as stored. `out` is a C-contiguous array to
+        fill; its type and shape must be those of the result.
+
+        Raises `KeyError` for an unknown name, `UnsupportedError` for a type that is not decoded.
+        """
+        import numpy as np
+
+        entry = self._entries[name]
+        stored = _stored_name(dtype, entry)
+        if out is None:
+            out = np.empty(entry.shape, _numpy_dtype(stored, name))
+        elif out.shape != entry.shape or out.dtype != _numpy_dtype(stored, name) or not out.flags.c_contiguous:
+            raise ConfigError(
+                f"out is {out.dtype} {list(out.shape)}, expected C-contiguous {_numpy_dtype(stored, name)} "
+                f'{list(entry.shape)} (tensor "{name}")'
+            )
+        number, own_name = self._origin[name]
+        if not self._native:
+            raise CheckpointError(f'checkpoint "{self.path}" is closed')
+        self._native[number].read(own_name, out.reshape(-1).view(np.uint8), stored, threads)
+        return out
+
+    def stream(self, dtype: str | None = None, *, threads: int | None = None) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Every tensor in the order of the files, one at a time: only one is in memory."""
+        for name in self._entries:
+            yield name, self.read(name, dtype, threads=threads)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a model folder, a pipeline folder, a `.safetensors`, an `*.index.json` or a `.gguf`.
+
+    Headers are read and checked, weights are not. Raises `CheckpointError` when a file is malformed
+    or it is unclear which is meant, `OSError` when it cannot be read.
+    """
+    return Checkpoint(path, find_models(path))
+
+
+def native_checkpoint(checkpoint: Checkpoint, number: int = 0) -> _rust.Checkpoint:
+    """The native object behind model `number` of a checkpoint, for building plans."""
+    if not checkpoint._native:
+        raise CheckpointError(f'checkpoint "{checkpoint.path}" is closed')
+    return checkpoint._native[number]
+
+
+def locate(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
+    """The model that holds tensor `name`, by number, and the tensor's name there."""
+    return checkpoint._origin[name]
+
+
+def _entry(row: Mapping[str, Any], prefix: str, files: list[dict[str, Any]]) -> Entry:
+    parts = tuple(Part(p["name"], p["dtype"], tuple(p["shape"]), p["bytes"]) for p in row["parts"])
+    return Entry(
+        prefix + row["name"],
+        tuple(row["shape"]),
+        row["dtype"],
+        row["format"],
+        row["stored_bytes"],
+        row["weights"],
+        parts,
+        str(files[row["file"]]["path"]),
+    )
+
+
+def _stored_name(dtype: str | None, entry: Entry) -> str:
+    """The storage type to ask for, in the words of the type table."""
+    if dtype is None:
+        return entry.dtype
+    name = str(dtype).removeprefix("torch.").removeprefix("numpy.")
+    stored = _NAMES.get(name.lower(), name.upper())
+    if stored not in FLOATS:
+        if stored == entry.dtype:
+            return stored
+        raise ConfigError(
+            f'dtype "{dtype}" is none of {", ".join(_NAMES[name] for name in ("f64", "f32", "f16"))}, BF16'
+        )
+    if not entry.is_float:
+        raise ConfigError(f'tensor "{entry.name}" holds {entry.dtype}, which is not cast to {dtype}')
+    return stored
+
+
+def _numpy_dtype(stored: str, name: str) -> Any:
+    import numpy as np
+
+    if stored in _NUMPY:
+        return np.dtype(_NUMPY[stored])
+    if stored in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[stored]))
+    raise UnsupportedError(f'{stored} is not decoded by this version (tensor "{name}")')

@@ -1,0 +1,496 @@
+"""A checkpoint in, a packed checkpoint out, in one pass and bounded memory.
+
+This module reads headers, asks `rules` what becomes of each tensor, and hands the native engine one
+complete plan: every output tensor, every file beside the weights, checked before anything is
+written. The engine does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import model_config, overrides, rules
+from .checkpoint import Checkpoint, native_checkpoint
+from .entry import Entry
+from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
+from .folder import STEMS, Model, carried_files, find_models, is_pipeline
+from .layers import Layers, find_layers
+from .report import ConvertReport, ErrorStatistics, FileReport, TensorReport
+from .sizes import parse_size
+from .targets import CASTS, Format, find_format
+
+if TYPE_CHECKING:
+    from . import _rust
+
+__all__ = ["ConvertReport", "convert"]
+
+Progress = Callable[[int, int, int, str], None]
+"""Called about ten times a second: bytes read, bytes to read, bytes written, tensor in work."""
+
+_CONVERTED_COMPONENTS = ("transformer", "unet", "prior", "text_encoder", "controlnet")
+_FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
+
+
+@dataclass(frozen=True)
+class _Options:
+    to: Format
+    overrides: overrides.Overrides
+    params: Mapping[str, Any]
+    compute_dtype: str | None
+    max_shard_bytes: int
+    native: Mapping[str, Any]
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str = "nf4",
+    *,
+    double_quant: bool = False,
+    block_size: int | None = None,
+    group_size: int | None = None,
+    compute_dtype: str | None = None,
+    keep: Iterable[str] = (),
+    only: Iterable[str] = (),
+    assign: Iterable[str] = (),
+    recipe: str | os.PathLike[str] | None = None,
+    components: str | Iterable[str] | None = None,
+    max_shard_size: str | int = "5GB",
+    max_memory: str | int = "256MB",
+    threads: int | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = True,
+    on_nonfinite: Literal["refuse", "keep"] = "refuse",
+    layers: Literal["auto", "host", "names"] = "auto",
+    on_progress: Progress | None = None,
+) -> ConvertReport:
+    """Converts the checkpoint `src` into `dst`, packed as `to`.
+
+    `src` is a model folder, a diffusers pipeline folder, a `.safetensors`, an `*.index.json` or a
+    `.gguf`. `dst` is a folder, or a file ending in `.safetensors` or `.gguf`; its name decides the
+    container, except for the components of a pipeline, which follow the format. What is written is
+    a model: config, index, tokenizer and every other file of a source folder come along.
+
+    `to` is a format by full or short name ("nf4", "gguf:q8_0", "bf16").
+    `double_quant`, `block_size`: as bitsandbytes' `bnb_4bit_use_double_quant` and `blocksize`.
+    `compute_dtype`: the type that 4-bit layers compute in ("bfloat16"); by default the source's.
+    `keep`, `only`, `assign`, `recipe`: see `weightpack.overrides`.
+    `components`: those of a pipeline to convert, by default transformers, unets, priors,
+    controlnets and text encoders; all others (a VAE) are carried over as they are.
+    `max_shard_size`: largest file of a sharded result; ignored where `dst` is a file.
+    `max_memory`: bound on anonymous memory. `threads`: by default one per usable core.
+    `dry_run`: only plan. `overwrite`: replace `dst`, once the new files are complete. `resume`: go
+    on with what an interrupted run left. `verify`: measure each tensor's error on the way.
+    `on_nonfinite`: whether weights that are not finite are refused, or kept where a format can.
+    `layers`: ask the host library which tensors belong to linear layers ("host"), go by names
+    ("names"), or ask where it is installed ("auto").
+
+    Gives a `ConvertReport`. Raises `ConfigError` for options that make no sense, `CheckpointError`,
+    `FormatError` or `UnsupportedError` for input that is refused, all before anything is written;
+    `OSError` when a file cannot be read or written.
+    """
+    src, dst = Path(src), Path(dst)
+    options = _options(
+        to,
+        double_quant=double_quant,
+        block_size=block_size,
+        group_size=group_size,
+        compute_dtype=compute_dtype,
+        patterns={"keep": keep, "only": only, "assign": assign},
+        recipe=recipe,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        threads=threads,
+        verify=verify,
+        on_nonfinite=on_nonfinite,
+    )
+    _check_place(src, dst)
+    found = find_models(src)
+    chosen = _components(found, src, options.to, components)
+    container, kind = _container(dst, options.to, is_pipeline(src))
+
+    opened = [Checkpoint(model.weights, [replace(model, component="")]) for model in chosen]
+    for model in chosen:
+        model_config.source_method(model.config)
+    tables = [list(checkpoint.values()) for checkpoint in opened]
+    known = _layers(chosen, tables, options, container, layers)
+    decided = [
+        _decide(model, entries, options, container, kind, one)
+        for model, entries, one in zip(chosen, tables, known, strict=True)
+    ]
+    _check_packed(options.to, decided)
+
+    outputs = [
+        _output(number, model, opened[number], decided[number], options, container, kind)
+        for number, model in enumerate(chosen)
+    ]
+    files, left_out = _files(src, chosen, decided, options, container, kind)
+    request = {
+        "destination": str(dst),
+        "kind": kind,
+        "outputs": outputs,
+        "files": files,
+        "options": dict(options.native),
+    }
+    from . import _rust
+
+    plan = _rust.Plan.build(json.dumps(request), [native_checkpoint(checkpoint) for checkpoint in opened])
+    report = _planned(plan, src, dst, options.to, dry_run)
+    warnings = [
+        f"{model.component}: {warning}" if model.component else warning
+        for model, checkpoint, one in zip(chosen, opened, decided, strict=True)
+        for warning in (*checkpoint.warnings, *one.warnings)
+    ]
+    has_packed = any(decision.is_packed for one in decided for decision in one.tensors)
+    if has_packed and kind == "folder" and container == "safetensors" and any(m.config is None for m in chosen):
+        warnings.append("there is no config.json to say how the weights are packed: hosts will not load the result")
+    named = {model.component: one.source for model, one in zip(chosen, known, strict=True) if one is not None}
+    report = replace(report, layers=named, left_out=tuple(left_out), warnings=tuple(dict.fromkeys(warnings)))
+    if dry_run:
+        return report
+    return _done(report, json.loads(plan.run(overwrite=overwrite, resume=resume, on_progress=on_progress)))
+
+
+def _options(
+    to: str,
+    *,
+    double_quant: bool,
+    block_size: int | None,
+    group_size: int | None,
+    compute_dtype: str | None,
+    patterns: Mapping[str, Iterable[str]],
+    recipe: str | os.PathLike[str] | None,
+    max_shard_size: str | int,
+    max_memory: str | int,
+    threads: int | None,
+    verify: bool,
+    on_nonfinite: str,
+) -> _Options:
+    def full_name(name: str) -> str:
+        return find_format(name).name
+
+    read = None if recipe is None else overrides.read_recipe(Path(recipe), full_name)
+    target = find_format(to)
+    if read is not None and read.default is not None:
+        if to not in ("nf4", read.default) and target.name != read.default:
+            raise ConfigError(f'the recipe\'s default is {read.default}, and --to says "{to}"', hint="leave one out")
+        target = find_format(read.default)
+    rule_set = overrides.build(full_name, recipe=read, **patterns)
+    formats = {target.name, *(rule.format for rule in rule_set.rules)}
+    for option, given in (("double_quant", double_quant), ("block_size", block_size is not None)):
+        if given and not formats & set(_FOUR_BIT):
+            raise ConfigError(f"{option} is an option of {' and '.join(_FOUR_BIT)}, and neither is asked for")
+    if group_size is not None:
+        raise ConfigError("group_size is an option of formats that this version does not have")
+    if on_nonfinite not in ("refuse", "keep"):
+        raise ConfigError(f'on_nonfinite "{on_nonfinite}" is none of refuse, keep')
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is not positive: {threads}")
+    params: dict[str, Any] = {}
+    if block_size is not None:
+        params["block_size"] = block_size
+    if double_quant:
+        params["double_quant"] = True
+    if compute_dtype is not None:
+        compute_dtype = model_config.compute_dtype(compute_dtype, ())
+    return _Options(
+        target,
+        rule_set,
+        params,
+        compute_dtype,
+        parse_size(max_shard_size, "max_shard_size"),
+        {
+            "threads": threads if threads is not None else usable_cores(),
+            "max_memory_bytes": parse_size(max_memory, "max_memory"),
+            "slab_bytes": None,
+            "verify": verify,
+            "keep_nonfinite": on_nonfinite == "keep",
+            "sync": True,
+        },
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_place(src: Path, dst: Path) -> None:
+    source, destination = src.resolve(), dst.resolve()
+    if source == destination:
+        raise ConfigError(f'source and destination are the same: "{src}"')
+    if source.is_dir() and source in destination.parents:
+        raise ConfigError(f'destination "{dst}" lies inside the source', hint="choose a folder beside it")
+    if destination in source.parents:
+        raise ConfigError(f'source "{src}" lies inside the destination', hint="choose a folder beside it")
+
+
+def _container(dst: Path, to: Format, of_pipeline: bool) -> tuple[str, str]:
+    """The container to write, and whether the destination is a "file" or a "folder"."""
+    wanted = to.container
+    suffix = dst.suffix.lower()
+    if suffix in (".safetensors", ".gguf"):
+        container = suffix.removeprefix(".")
+        if wanted not in ("any", container):
+            raise ConfigError(
+                f"{to.name} is stored in {wanted}, and the destination is a {suffix} file",
+                hint=f"end the destination in .{wanted}" if wanted == "gguf" else "name a folder",
+            )
+        if of_pipeline:
+            raise ConfigError("a pipeline has several models, and the destination is one file", hint="name a folder")
+        return container, "file"
+    if wanted == "gguf" and not of_pipeline:
+        raise ConfigError(f"{to.name} is written to one file", hint=f"end the destination in .gguf: {dst}.gguf")
+    return ("gguf" if wanted == "gguf" else "safetensors"), "folder"
+
+
+def _components(found: list[Model], src: Path, to: Format, components: str | Iterable[str] | None) -> list[Model]:
+    if not is_pipeline(src):
+        if components is not None:
+            raise ConfigError(f'"{src}" is not a pipeline, and has no components')
+        return found
+    names = [model.component for model in found]
+    if components is None:
+        if to.name in CASTS:
+            return found
+        chosen = [model for model in found if model.component.startswith(_CONVERTED_COMPONENTS)]
+        if not chosen:
+            raise ConfigError(
+                "the pipeline has no component that is converted by default",
+                hint=f"name some with --components: {', '.join(names)}",
+            )
+        return chosen
+    split = components.split(",") if isinstance(components, str) else list(components)
+    wanted = [name.strip() for name in split if name.strip()]
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f'the pipeline has no component "{name}" with weights', hint=f"it has {', '.join(names)}")
+    if not wanted:
+        raise ConfigError("no component is named")
+    return [model for model in found if model.component in wanted]
+
+
+def _layers(
+    models: Sequence[Model], tables: Sequence[Sequence[Entry]], options: _Options, container: str, mode: str
+) -> list[Layers | None]:
+    """The layers of each model, where the rules need to know them."""
+    if container != "safetensors":
+        if mode not in ("auto", "host", "names"):
+            raise ConfigError(f'layers "{mode}" is none of auto, host, names')
+        return [None] * len(models)
+    formats = {options.to.name, *(rule.format for rule in options.overrides.rules)}
+    packs = any(name.startswith("bitsandbytes:") for name in formats)
+    keeps = bool(options.overrides.rules or options.overrides.only)
+    needed = [
+        number
+        for number, entries in enumerate(tables)
+        if packs or (keeps and any((entry.format or "").startswith("bitsandbytes:") for entry in entries))
+    ]
+    found = find_layers([(models[number].config, tables[number]) for number in needed], mode)
+    known: list[Layers | None] = [None] * len(models)
+    for number, one in zip(needed, found, strict=True):
+        known[number] = one
+    return known
+
+
+def _decide(
+    model: Model, entries: Sequence[Entry], options: _Options, container: str, kind: str, layers: Layers | None
+) -> rules.Decisions:
+    target = rules.Target(
+        options.to,
+        container,
+        fits,
+        options.params,
+        plain=_short(options.compute_dtype) or model_config.main_dtype(entries) or "bf16",
+        for_host=kind == "folder" and container == "safetensors" and model.config is not None,
+    )
+    return rules.decide(entries, target, options.overrides, layers)
+
+
+def fits(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> str | None:
+    """Why format `name` cannot take a tensor of `shape`; `None` if it can."""
+    from . import _rust
+
+    try:
+        _rust.layout(name, list(shape), json.dumps(dict(params)))
+    except FormatError as error:
+        return error.message
+    return None
+
+
+def _short(compute_dtype: str | None) -> str | None:
+    return next((short for short, name in model_config.COMPUTE_DTYPES.items() if name == compute_dtype), None)
+
+
+def _check_packed(to: Format, decided: Sequence[rules.Decisions]) -> None:
+    tensors = [decision for one in decided for decision in one.tensors]
+    if not tensors:
+        raise CheckpointError("the source holds no tensors")
+    if to.name in CASTS or any(decision.is_packed for decision in tensors):
+        return
+    reasons: dict[str, int] = {}
+    for decision in tensors:
+        reasons[decision.why] = reasons.get(decision.why, 0) + 1
+    most = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    listed = ", ".join(f"{count} x {why}" for why, count in most)
+    raise UnsupportedError(
+        f"{to.name} would pack none of {len(tensors)} tensors: {listed}",
+        hint="choose others with --assign REGEX=FORMAT",
+    )
+
+
+def _output(
+    number: int,
+    model: Model,
+    checkpoint: Checkpoint,
+    decided: rules.Decisions,
+    options: _Options,
+    container: str,
+    kind: str,
+) -> dict[str, Any]:
+    output: dict[str, Any] = {
+        "container": container,
+        "folder": model.component,
+        "stem": _stem(model),
+        "max_shard_bytes": options.max_shard_bytes if kind == "folder" and container == "safetensors" else None,
+        "metadata_from": None,
+        "tensors": [
+            {
+                "checkpoint": number,
+                "name": decision.entry.name,
+                "as": decision.entry.name,
+                "format": decision.format,
+                "params": dict(decision.params),
+                "why": decision.why,
+            }
+            for decision in decided.tensors
+        ],
+    }
+    if container == "gguf":
+        pairs = model_config.gguf_metadata(decided.tensors, model.config, model.component or model.weights.parent.name)
+        if checkpoint.container == "gguf":
+            output["metadata_from"] = number
+            pairs = [pair for pair in pairs if pair[0] not in ("general.architecture", "general.name")]
+        output["metadata"] = [list(pair) for pair in pairs]
+    else:
+        output["metadata"] = {"format": "pt"}
+    return output
+
+
+def _stem(model: Model) -> str:
+    if model.stem in STEMS:
+        return model.stem
+    is_diffusers = model.config is not None and "_class_name" in model.config
+    return "diffusion_pytorch_model" if is_diffusers else "model"
+
+
+def _files(
+    src: Path,
+    chosen: Sequence[Model],
+    decided: Sequence[rules.Decisions],
+    options: _Options,
+    container: str,
+    kind: str,
+) -> tuple[list[dict[str, str]], list[str]]:
+    """What is written beside the weights, and what of the source is left out."""
+    if kind == "file":
+        return [], []
+    files: list[dict[str, str]] = []
+    left_out: list[str] = []
+    for model, one in zip(chosen, decided, strict=True):
+        prefix = f"{model.component}/" if model.component else ""
+        if model.config is not None:
+            compute = model_config.compute_dtype(options.compute_dtype, (d.entry for d in one.tensors))
+            section = model_config.quantization_config(one.tensors, one.skip_list, compute)
+            cast = options.to.name if options.to.name in CASTS else None
+            text = model_config.config_text(model.config, section, cast, model.weights.parent)
+            files.append({"path": f"{prefix}config.json", "text": text})
+        if model.folder is not None:
+            carried, others = carried_files(model.folder, prefix)
+            files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]
+            left_out += others
+    if is_pipeline(src):
+        converted = {model.component for model in chosen}
+        for entry in sorted(os.scandir(src), key=lambda entry: entry.name):
+            if not entry.is_dir(follow_symlinks=False) or entry.name in converted:
+                continue
+            if entry.name.startswith(".") or entry.name == "__pycache__":
+                left_out.append(f"{entry.name}/")
+                continue
+            carried, others = carried_files(src / entry.name, f"{entry.name}/", whole=True)
+            files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]
+            left_out += others
+        carried, others = carried_files(src, only_files=True)
+        files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]
+        left_out += others
+    return files, left_out
+
+
+def _planned(plan: _rust.Plan, src: Path, dst: Path, to: Format, dry_run: bool) -> ConvertReport:
+    described = json.loads(plan.describe())
+    tensors = []
+    for row in described["tensors"]:
+        weights = 1
+        for size in row["shape"]:
+            weights *= size
+        folder = row["file"].rpartition("/")[0] if dst.suffix not in (".safetensors", ".gguf") else ""
+        tensors.append(
+            TensorReport(
+                f"{folder}/{row['name']}" if folder else row["name"],
+                row["as"],
+                tuple(row["shape"]),
+                row["from"],
+                row["to"],
+                row["why"],
+                row["source_bytes"],
+                row["output_bytes"],
+                row["file"],
+                row["copied"],
+                8 * row["output_bytes"] / weights if weights else 0.0,
+            )
+        )
+    return ConvertReport(
+        str(src),
+        str(dst),
+        to.name,
+        dry_run,
+        described["plan_id"],
+        tuple(tensors),
+        tuple(FileReport(row["path"], row["bytes"]) for row in described["files"]),
+        described["source_bytes"],
+        described["output_bytes"],
+        described["memory_bytes"],
+        described["disk_free_bytes"],
+        described["threads"],
+    )
+
+
+def _done(planned: ConvertReport, run: Mapping[str, Any]) -> ConvertReport:
+    tensors = tuple(
+        replace(
+            tensor,
+            output_bytes=row["output_bytes"],
+            bits_per_weight=row["bits_per_weight"],
+            error=ErrorStatistics.from_dict(row["error"]),
+        )
+        for tensor, row in zip(planned.tensors, run["tensors"], strict=True)
+    )
+    return replace(
+        planned,
+        tensors=tensors,
+        files=tuple(FileReport(row["path"], row["bytes"]) for row in run["files"]),
+        output_bytes=run["written_bytes"],
+        seconds=run["seconds"],
+        read_bytes=run["read_bytes"],
+        written_bytes=run["written_bytes"],
+        resumed_bytes=run["resumed_bytes"],
+    )

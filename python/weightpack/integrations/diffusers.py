@@ -1,0 +1,90 @@
+"""What diffusers makes of a checkpoint, told by its own classes without loading a weight.
+
+Run as `python -m weightpack.integrations.diffusers`: a JSON list on standard input (for each model its
+`config`, and `tensors`: name to shape), the list of descriptions on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from weightpack._lazy import require
+
+_PURPOSE = "ask the model class for its linear layers"
+
+
+def describe_layers(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds the class of `config` on the meta device and looks up each tensor of a checkpoint.
+
+    Gives the same object as the transformers adapter. diffusers leaves no layer unpacked by
+    default; the entries it adds to any skip list are those it keeps in float32.
+    """
+    torch = require("torch", _PURPOSE)
+    diffusers = require("diffusers", _PURPOSE)
+    name = str(config.get("_class_name"))
+    cls = getattr(diffusers, name, None)
+    if cls is None or not hasattr(cls, "from_config"):
+        raise LookupError(f"diffusers has no model class {name}")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = cls.from_config(plain)
+
+    kinds = {path: _kind(torch, module) for path, module in model.named_modules()}
+    fixed = sorted(cls._keep_in_fp32_modules or ())
+    linears = sorted(path for path, kind in kinds.items() if kind == "linear")
+    state = model.state_dict()
+    return {
+        "version": diffusers.__version__,
+        "class": name,
+        "prefix": "",
+        "linears": linears,
+        "skipped": {path: "layer that diffusers keeps in float32" for path in linears if _is_fixed(path, fixed)},
+        "keep_in_fp32": fixed,
+        "tensors": {tensor: _look_up(tensor, state, kinds) for tensor in tensors},
+        "refusal": None,
+    }
+
+
+def _kind(torch: Any, module: Any) -> str:
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        return "convolution"
+    return "other"
+
+
+def _is_fixed(path: str, fixed: list[str]) -> bool:
+    from weightpack.skip_list import skipped_by_diffusers
+
+    return skipped_by_diffusers(fixed, path)
+
+
+def _look_up(tensor: str, state: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[str, str]:
+    module, _, leaf = tensor.rpartition(".")
+    if tensor not in state:
+        return "unknown", module
+    if leaf != "weight":
+        return "vector" if state[tensor].ndim <= 1 else "parameter", module
+    return kinds.get(module, "other"), module
+
+
+def main() -> None:
+    """Describes each model asked about on standard input; one that cannot be built gets a refusal."""
+    answers: list[dict[str, Any]] = []
+    for request in json.load(sys.stdin):
+        try:
+            answers.append(describe_layers(request["config"], request["tensors"]))
+        except Exception as error:  # A class may fail to build in any way; the person is told which.
+            answers.append({"refusal": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What is written beside the weights: `config.json` for hosts, key-value pairs for GGUF.
+
+The `quantization_config` has the keys and values that transformers 5.23 and diffusers 0.42.1 write
+for a bitsandbytes model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .entry import FLOATS, Entry
+from .errors import ConfigError, UnsupportedError
+from .rules import Decision
+
+COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+_TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}
+
+FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "gguf:q4_0": 2,
+    "gguf:q4_1": 3,
+    "gguf:q8_0": 7,
+    "gguf:q5_0": 8,
+    "gguf:q5_1": 9,
+    "gguf:q2_k": 10,
+    "gguf:q3_k": 12,
+    "gguf:q4_k": 15,
+    "gguf:q5_k": 17,
+    "gguf:q6_k": 18,
+    "bf16": 32,
+}
+"""`general.file_type` by the most common format (llama.cpp's `LLAMA_FTYPE_MOSTLY_*`; the K types
+by their `_M` mixture, as gguf-py does)."""
+
+QUANTIZATION_VERSION = 2
+"""`general.quantization_version`: the layout of ggml's block types (`GGML_QNT_VERSION`)."""
+
+
+def source_method(config: Mapping[str, Any] | None) -> str | None:
+    """How a source says that it is packed: its quantization method, or `None` for a plain model.
+
+    Raises `UnsupportedError` for a method whose tensors are not understood.
+    """
+    if config is None:
+        return None
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    for holder in [config, *nested]:
+        found = holder.get("quantization_config") or holder.get("compression_config")
+        if not isinstance(found, Mapping):
+            continue
+        method = found.get("quant_method")
+        if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+            method = "bitsandbytes"
+        if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+            raise UnsupportedError(
+                f'the source is packed by "{method}", which is not decoded by this version',
+                hint="convert the model it was made from",
+            )
+        return "bitsandbytes"
+    return None
+
+
+def main_dtype(entries: Iterable[Entry]) -> str | None:
+    """The floating point type that most weights of matrices are stored in or were packed from, in
+    the short form ("bf16"); `None` where there are none or they come from GGUF blocks."""
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        if entry.is_float and len(entry.shape) > 1 and not (entry.format or "").startswith("gguf:"):
+            counts[FLOATS[entry.dtype]] += entry.weights
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def compute_dtype(choice: str | None, entries: Iterable[Entry]) -> str:
+    """The type that layers compute in, as configs spell it: the choice, or that of the source.
+
+    Sources without a type of their own (GGUF blocks) compute in bfloat16, and so do those in
+    float64.
+    """
+    if choice is not None:
+        name = choice.lower().removeprefix("torch.")
+        name = COMPUTE_DTYPES.get(name, name)
+        if name not in COMPUTE_DTYPES.values():
+            raise ConfigError(f'compute_dtype "{choice}" is none of {", ".join(COMPUTE_DTYPES.values())}')
+        return name
+    return COMPUTE_DTYPES.get(main_dtype(entries) or "bf16", "bfloat16")
+
+
+def quantization_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str) -> dict[str, Any] | None:
+    """The section that tells a host how the weights are packed, or `None` where none is."""
+    packed = [d for d in decisions if d.result.startswith("bitsandbytes:")]
+    if not packed:
+        return None
+    is_int8 = packed[0].result == "bitsandbytes:int8"
+    kinds = Counter(d.result.partition(":")[2] for d in packed)
+    double = any(d.params.get("double_quant") or _is_double_quantized(d) for d in packed)
+    return {
+        "_load_in_4bit": not is_int8,
+        "_load_in_8bit": is_int8,
+        "bnb_4bit_compute_dtype": "float32" if is_int8 else compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if is_int8 else kinds.most_common(1)[0][0],
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip_list),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": not is_int8,
+        "load_in_8bit": is_int8,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _is_double_quantized(decision: Decision) -> bool:
+    return decision.format == "copy" and any(p.name.endswith(".nested_absmax") for p in decision.entry.parts)
+
+
+def config_text(
+    source: Mapping[str, Any], quantization: Mapping[str, Any] | None, cast: str | None, folder: Path
+) -> str:
+    """The text of the result's `config.json`.
+
+    `cast` is the short name of the type that all weights were cast to, if they were. A local path
+    that the source records about itself is dropped.
+    """
+    config = {key: _without_quantization(value) for key, value in source.items() if key != "quantization_config"}
+    name = config.get("_name_or_path")
+    if isinstance(name, str) and _is_local(name, folder):
+        del config["_name_or_path"]
+    if cast is not None:
+        for holder in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(holder.get(key), str):
+                    holder[key] = _TORCH_NAMES[cast]
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    is_sorted = "_class_name" in config or list(source) == sorted(source)
+    return json.dumps(config, indent=2, sort_keys=is_sorted, ensure_ascii=False) + "\n"
+
+
+def _without_quantization(value: Any) -> Any:
+    if isinstance(value, Mapping) and "quantization_config" in value:
+        return {key: inner for key, inner in value.items() if key != "quantization_config"}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _is_local(name: str, folder: Path) -> bool:
+    if not name or name.startswith(("/", "~", ".", "\\")) or re.match(r"^[A-Za-z]:[\\/]", name):
+        return True
+    # "owner/model" is a name on the hub; anything longer, or with a backslash, is a path.
+    return "\\" in name or name.count("/") > 1 or name == str(folder)
+
+
+def gguf_metadata(
+    decisions: Sequence[Decision], config: Mapping[str, Any] | None, name: str
+) -> list[tuple[str, str, Any]]:
+    """The key-value pairs of a new GGUF file: `(key, type, value)`."""
+    results = Counter(d.result for d in decisions if len(d.entry.shape) > 1)
+    packed = [kind for kind, _ in results.most_common() if kind.startswith("gguf:")]
+    kinds = packed or [kind for kind, _ in results.most_common() if kind in FILE_TYPES]
+    pairs: list[tuple[str, str, Any]] = [
+        ("general.architecture", "str", architecture(config)),
+        ("general.name", "str", name),
+    ]
+    if kinds and kinds[0] in FILE_TYPES:
+        pairs.append(("general.file_type", "u32", FILE_TYPES[kinds[0]]))
+    if packed:
+        pairs.append(("general.quantization_version", "u32", QUANTIZATION_VERSION))
+    source = main_dtype(d.entry for d in decisions)
+    if source is not None:
+        pairs.append(("weightpack.source_dtype", "str", source))
+    return pairs
+
+
+def architecture(config: Mapping[str, Any] | None) -> str:
+    """The name that GGUF readers know a model by: `model_type`, or the class name in snake case."""
+    if config is None:
+        return "unknown"
+    if isinstance(config.get("model_type"), str):
+        name = config["model_type"]
+    else:
+        name = str(config.get("_class_name", "unknown"))
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return re.sub(r"[^a-z0-9_]", "_", name.lower()) or "unknown"

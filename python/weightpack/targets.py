@@ -1,0 +1,77 @@
+"""Format names: what a person may write, and what the format table makes of it.
+
+The table itself is native; this module only looks names up in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+
+from .errors import ConfigError
+
+CASTS = ("bf16", "f16", "f32")
+"""Formats that store one floating point number per weight."""
+
+COPY = "copy"
+"""Pseudo format: the stored bytes are carried over as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row of the format table.
+
+    `name` is the full name, `short` the form that is unambiguous without its backend, `container`
+    what its reader opens ("safetensors", "gguf", or "any"), `exactness` and `peer` say which
+    library's bytes it reproduces and how closely, `reader` who loads the result, and
+    `bits_per_weight` the nominal size, statistics included.
+    """
+
+    name: str
+    short: str | None
+    container: str
+    exactness: str
+    peer: str
+    reader: str
+    bits_per_weight: float
+
+    @property
+    def backend(self) -> str:
+        """What stands before the colon; empty for plain numbers."""
+        return self.name.partition(":")[0] if ":" in self.name else ""
+
+
+@cache
+def format_table() -> tuple[Format, ...]:
+    """Every format of this version, in the order that tables show them."""
+    from . import _rust
+
+    fields = Format.__dataclass_fields__
+    return tuple(Format(**{key: row[key] for key in fields}) for row in json.loads(_rust.formats()))
+
+
+def find_format(name: str) -> Format:
+    """The format called `name`, by its full or short name, in any case.
+
+    Raises `ConfigError` for a name that is not in the table, or that several backends share.
+    """
+    return choose(name, format_table())
+
+
+def choose(name: str, table: Iterable[Format]) -> Format:
+    """As `find_format`, from the rows of `table`."""
+    rows = list(table)
+    wanted = name.strip().lower()
+    for row in rows:
+        if wanted == row.name or (row.short is not None and wanted == row.short):
+            return row
+    endings = [row.name for row in rows if row.name.partition(":")[2] == wanted]
+    if endings:
+        raise ConfigError(f'format "{name}" needs its backend', hint=f"write {' or '.join(endings)}")
+    names = [form for row in rows for form in (row.name, row.short) if form is not None]
+    close = get_close_matches(wanted, names, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known formats: {', '.join(r.name for r in rows)}"
+    raise ConfigError(f'unknown format "{name}"', hint=hint)
