@@ -6,10 +6,16 @@
 //! order, and [`FileLayout::header`] comes last, so that an interrupted file never passes for a
 //! model.
 
+#![forbid(unsafe_code)]
+
 pub mod file;
 pub mod gguf;
 pub mod index;
+mod json_fault;
+pub mod memory;
 pub mod safetensors;
+mod unique;
+mod warnings;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -69,6 +75,8 @@ pub struct Header {
     pub metadata: Metadata,
     /// Whether multi-byte values are stored big-endian (GGUF only).
     pub big_endian: bool,
+    /// Bytes before the data, padding included.
+    pub header_bytes: u64,
     /// Peculiarities that are tolerated but worth telling.
     pub warnings: Vec<String>,
 }
