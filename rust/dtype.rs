@@ -157,7 +157,7 @@ impl Dtype {
     /// is not a whole number of bytes.
     pub fn block(self) -> Option<(u64, u64)> {
         self.row()
-            .filter(|row| row.bits % 8 == 0)
+            .filter(|row| row.bits.is_multiple_of(8))
             .map(|row| (row.weights, row.bits / 8))
     }
 
@@ -180,7 +180,7 @@ impl Dtype {
         })?;
         let count = shape::count_weights(shape)?;
         let length = shape::row_weights(shape);
-        if length % row.weights != 0 {
+        if !length.is_multiple_of(row.weights) {
             return Err(Error::format(format!(
                 "{}: row of {length} weights is not a multiple of block_size {}",
                 row.name.to_lowercase(),
@@ -188,7 +188,7 @@ impl Dtype {
             )));
         }
         let bits = shape::multiply(count / row.weights, row.bits, "tensor size in bits")?;
-        if bits % 8 != 0 {
+        if !bits.is_multiple_of(8) {
             return Err(Error::checkpoint(format!(
                 "{} tensor of shape {shape:?} does not end on a whole byte",
                 row.name

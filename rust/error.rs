@@ -87,6 +87,16 @@ impl Error {
         }
     }
 
+    /// The disk below `folder` has `free` bytes where `need` are needed.
+    pub fn no_space(need: u64, free: u64, folder: &Path) -> Self {
+        let full = io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        let told = io::Error::new(
+            full.kind(),
+            format!("{need} bytes are needed and {free} are free"),
+        );
+        Error::io("not enough disk space in", folder, told)
+    }
+
     /// Names the tensor, unless one is named already.
     #[must_use]
     pub fn tensor(self, name: &str) -> Self {

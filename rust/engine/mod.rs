@@ -1,1 +1,32 @@
-//! The engine.
+//! The engine: a pure plan, then a bounded pipeline.
+//!
+//! | part | does |
+//! |---|---|
+//! | [`checkpoint`] | opens files and finds the logical tensors in them |
+//! | [`request`], [`plan`] | what is asked for; everything that will be written, from headers alone |
+//! | [`run`] | workers that carry the plan out, slab by slab |
+//! | `slab` | decode, encode and measure a slab while it is in cache |
+//! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
+//! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
+
+pub mod checkpoint;
+pub mod compare;
+mod extra;
+mod journal;
+mod keeper;
+mod metadata;
+mod pieces;
+pub mod plan;
+mod pool;
+mod preflight;
+pub mod read;
+pub mod report;
+pub mod request;
+pub mod run;
+mod slab;
+mod workspace;
+
+pub use checkpoint::Checkpoint;
+pub use plan::Plan;
+pub use request::Request;
+pub use run::{run, Progress, RunChoices};

@@ -4,7 +4,9 @@
 use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError};
 use pyo3::prelude::*;
 
-use crate::error::{escape, Error};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+use crate::error::{escape, Error, Result};
 
 /// The Python exception for `error`: a class of `weightpack.errors`, `OSError` with errno and file
 /// name, or `KeyboardInterrupt`.
@@ -51,5 +53,17 @@ pub fn to_python(error: &Error) -> PyErr {
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         to_python(&error)
+    }
+}
+
+/// Runs `work` with the interpreter released; a panic inside becomes an ordinary error instead of
+/// unwinding through Python.
+pub fn guarded<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    match outcome {
+        Ok(result) => result.map_err(|error| to_python(&error)),
+        Err(_) => Err(to_python(&Error::Internal(String::from(
+            "the native code panicked",
+        )))),
     }
 }

@@ -1,5 +1,6 @@
 //! Python bindings: convert arguments, detach from the interpreter, call, map the error. No logic.
 
+mod engine;
 mod errors;
 
 use pyo3::prelude::*;
@@ -8,5 +9,8 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<engine::Checkpoint>()?;
+    module.add_class::<engine::Plan>()?;
+    module.add_function(wrap_pyfunction!(engine::diff, module)?)?;
     Ok(())
 }

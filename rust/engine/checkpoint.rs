@@ -1,0 +1,412 @@
+//! The logical tensors of a checkpoint: a packed weight and the statistics beside it are one
+//! tensor, whatever the number of arrays that store it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::float;
+use crate::formats::{self, Format, Layout, Params, Span};
+use crate::io::file::FileSource;
+use crate::io::{index, Container, Entry, Header, Source};
+use crate::shape;
+
+use super::slab::Packed;
+
+/// Most bytes of a whole-tensor component that is read to recognise a packed tensor.
+const MOST_WHOLE_BYTES: u64 = 64 * 1024;
+
+/// One open file with its checked header.
+pub struct OpenFile {
+    /// The file.
+    pub source: Arc<FileSource>,
+    /// Its header.
+    pub header: Header,
+}
+
+/// One stored array and the file that holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// Where it lies.
+    pub entry: Entry,
+}
+
+/// One logical tensor.
+pub struct Tensor {
+    /// Name of the weight.
+    pub name: String,
+    /// Logical shape, slowest dimension first.
+    pub shape: Vec<u64>,
+    /// Element type that decoding gives back; for arrays no format decodes, the stored type.
+    pub dtype: Dtype,
+    /// How to decode it, and the layout; `None` for integers and for types that are only listed.
+    pub packed: Option<(&'static dyn Format, Layout)>,
+    /// Stored arrays: for packed tensors in the order of the layout's components, otherwise one.
+    pub parts: Vec<Option<Stored>>,
+}
+
+impl Tensor {
+    /// Format and layout together, for tensors that can be decoded.
+    pub fn as_packed(&self) -> Option<Packed<'_>> {
+        self.packed.as_ref().map(|(format, layout)| Packed {
+            format: *format,
+            layout,
+        })
+    }
+
+    /// The arrays that are there.
+    pub fn stored(&self) -> impl Iterator<Item = &Stored> {
+        self.parts.iter().flatten()
+    }
+
+    /// Bytes of all stored arrays.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored().map(|stored| stored.entry.bytes).sum()
+    }
+
+    /// The main array.
+    pub fn main(&self) -> Result<&Stored> {
+        self.stored()
+            .next()
+            .ok_or_else(|| Error::checkpoint("no stored array").tensor(&self.name))
+    }
+}
+
+/// The files of one checkpoint, open, and what they hold.
+pub struct Checkpoint {
+    /// Files in shard order.
+    pub files: Vec<OpenFile>,
+    /// Logical tensors, in file order of their main arrays.
+    pub tensors: Vec<Tensor>,
+    /// Peculiarities worth telling.
+    pub warnings: Vec<String>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors`, an `*.index.json` with its shards, or a `.gguf` with its splits, and
+    /// checks every header. Reads no weights.
+    pub fn open(path: &Path) -> Result<Self> {
+        let resolved = index::resolve(path)?;
+        let files: Vec<OpenFile> = resolved
+            .files
+            .into_iter()
+            .map(|(source, header)| OpenFile { source, header })
+            .collect();
+        let mut warnings = resolved.warnings;
+        for file in &files {
+            warnings.extend(file.header.warnings.iter().cloned());
+        }
+        let mut checkpoint = Checkpoint {
+            files,
+            tensors: Vec::new(),
+            warnings,
+            by_name: HashMap::new(),
+        };
+        checkpoint.tensors = checkpoint.recognise()?;
+        for (position, tensor) in checkpoint.tensors.iter().enumerate() {
+            checkpoint.by_name.insert(tensor.name.clone(), position);
+        }
+        Ok(checkpoint)
+    }
+
+    /// The container of its files.
+    pub fn container(&self) -> Container {
+        self.files
+            .first()
+            .map_or(Container::Safetensors, |file| file.header.container)
+    }
+
+    /// Position of the tensor called `name`.
+    pub fn position(&self, name: &str) -> Result<usize> {
+        self.by_name
+            .get(name)
+            .copied()
+            .ok_or_else(|| Error::checkpoint("no such tensor").tensor(name))
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Result<&Tensor> {
+        let position = self.position(name)?;
+        self.tensors
+            .get(position)
+            .ok_or_else(|| Error::checkpoint("no such tensor").tensor(name))
+    }
+
+    /// Fills `buffer` with bytes `offset..` of a stored array, in little-endian order.
+    pub fn read(&self, stored: &Stored, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let file = self
+            .files
+            .get(stored.file)
+            .ok_or_else(|| Error::checkpoint(format!("no file {}", stored.file)))?;
+        let end = shape::add(offset, buffer.len() as u64, "end of read")?;
+        if end > stored.entry.bytes {
+            return Err(Error::checkpoint(format!(
+                "read of bytes {offset}..{end} of an array of {} bytes",
+                stored.entry.bytes
+            ))
+            .tensor(&stored.entry.name));
+        }
+        file.source
+            .read_at(
+                shape::add(stored.entry.offset, offset, "file offset")?,
+                buffer,
+            )
+            .map_err(|error| error.tensor(&stored.entry.name).file(file.source.path()))?;
+        if file.header.big_endian {
+            float::swap_elements(stored.entry.dtype, buffer)?;
+        }
+        Ok(())
+    }
+
+    fn read_whole(&self, stored: &Stored) -> Result<Vec<u8>> {
+        if stored.entry.bytes > MOST_WHOLE_BYTES {
+            return Err(Error::checkpoint(format!(
+                "quantization record of {} bytes (expected at most {MOST_WHOLE_BYTES})",
+                stored.entry.bytes
+            ))
+            .tensor(&stored.entry.name)
+            .file(self.path(stored.file)));
+        }
+        let mut bytes = vec![0; shape::to_usize(stored.entry.bytes)?];
+        self.read(stored, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Path of file `file`.
+    pub fn path(&self, file: usize) -> &Path {
+        self.files
+            .get(file)
+            .map_or(Path::new(""), |file| file.source.path())
+    }
+
+    fn recognise(&self) -> Result<Vec<Tensor>> {
+        let mut stored: BTreeMap<&str, Stored> = BTreeMap::new();
+        let mut order: Vec<&str> = Vec::new();
+        for (file, open) in self.files.iter().enumerate() {
+            for entry in &open.header.entries {
+                order.push(&entry.name);
+                stored.insert(
+                    &entry.name,
+                    Stored {
+                        file,
+                        entry: entry.clone(),
+                    },
+                );
+            }
+        }
+        let mut packed: HashMap<String, Tensor> = HashMap::new();
+        if self.container() == Container::Safetensors {
+            for recognised in self.packed_tensors(&stored)? {
+                for part in recognised.stored().skip(1) {
+                    stored.remove(part.entry.name.as_str());
+                }
+                packed.insert(recognised.name.clone(), recognised);
+            }
+        }
+        let mut tensors = Vec::with_capacity(stored.len());
+        for name in order {
+            let Some(array) = stored.remove(name) else {
+                continue;
+            };
+            tensors.push(match packed.remove(name) {
+                Some(tensor) => tensor,
+                None => plain_tensor(array).map_err(|error| error.tensor(name))?,
+            });
+        }
+        Ok(tensors)
+    }
+
+    /// Every bitsandbytes tensor, found by the records beside its weight.
+    fn packed_tensors(&self, stored: &BTreeMap<&str, Stored>) -> Result<Vec<Tensor>> {
+        let mut found = Vec::new();
+        for (name, array) in stored {
+            let recognised =
+                if let Some((base, kind)) = name.split_once(".quant_state.bitsandbytes__") {
+                    self.packed_4bit(stored, base, kind, array)
+                } else if let Some(module) = name.strip_suffix("SCB") {
+                    packed_int8(stored, module, array)
+                } else {
+                    Ok(None)
+                };
+            let located =
+                recognised.map_err(|error| error.tensor(name).file(self.path(array.file)))?;
+            if let Some((base, format, layout)) = located {
+                let tensor = gather(stored, &base, format, layout)
+                    .and_then(|tensor| self.check_constants(tensor))
+                    .map_err(|error| error.tensor(&base).file(self.path(array.file)))?;
+                found.push(tensor);
+            }
+        }
+        Ok(found)
+    }
+
+    fn packed_4bit(
+        &self,
+        stored: &BTreeMap<&str, Stored>,
+        base: &str,
+        kind: &str,
+        record: &Stored,
+    ) -> Result<Option<(String, &'static dyn Format, Layout)>> {
+        let format = formats::find(&format!("bitsandbytes:{kind}"))?;
+        let text = self.read_whole(record)?;
+        let state: QuantState = serde_json::from_slice(&text).map_err(|error| {
+            Error::checkpoint(format!(
+                "quantization record is not what bitsandbytes writes: {error}"
+            ))
+        })?;
+        let dtype = match state.dtype.as_str() {
+            "float32" => Dtype::F32,
+            "float16" => Dtype::F16,
+            "bfloat16" => Dtype::BF16,
+            other => {
+                return Err(Error::unsupported(format!(
+                    "bitsandbytes weight of dtype {}",
+                    crate::error::escape(other)
+                )))
+            }
+        };
+        let double_quant = stored.contains_key(format!("{base}.nested_absmax").as_str());
+        if double_quant && state.nested_blocksize.is_some_and(|size| size != 256) {
+            return Err(Error::unsupported("nested block size other than 256"));
+        }
+        let params = Params {
+            block_size: Some(state.blocksize),
+            double_quant,
+            dtype,
+            nested_offset: state.nested_offset.unwrap_or(0.0) as f32,
+        };
+        let layout = format.layout(&state.shape, &params)?;
+        Ok(Some((base.to_owned(), format, layout)))
+    }
+
+    /// Whole-tensor components whose content the format fixes (code tables) must hold just that.
+    fn check_constants(&self, tensor: Tensor) -> Result<Tensor> {
+        let Some((format, layout)) = &tensor.packed else {
+            return Ok(tensor);
+        };
+        for (position, expected) in format.whole(layout, &[])? {
+            let fixed = layout.components.get(position).is_some_and(|component| {
+                component.suffix.ends_with("quant_map") || component.suffix == "weight_format"
+            });
+            let Some(Some(part)) = tensor.parts.get(position) else {
+                continue;
+            };
+            if fixed && self.read_whole(part)? != expected {
+                return Err(Error::unsupported(format!(
+                    "\"{}\" differs from the table of {}",
+                    part.entry.name,
+                    format.info().name
+                )));
+            }
+        }
+        Ok(tensor)
+    }
+}
+
+/// What bitsandbytes records about a 4-bit tensor.
+#[derive(serde::Deserialize)]
+struct QuantState {
+    blocksize: u64,
+    dtype: String,
+    shape: Vec<u64>,
+    nested_blocksize: Option<u64>,
+    nested_offset: Option<f64>,
+}
+
+fn plain_tensor(array: Stored) -> Result<Tensor> {
+    let entry = &array.entry;
+    let params = Params {
+        dtype: entry.dtype,
+        ..Params::default()
+    };
+    let packed = match formats::for_dtype(entry.dtype) {
+        Some(format) => Some((format, format.layout(&entry.shape, &params)?)),
+        None => None,
+    };
+    Ok(Tensor {
+        name: entry.name.clone(),
+        shape: entry.shape.clone(),
+        dtype: entry.dtype,
+        packed,
+        parts: vec![Some(array)],
+    })
+}
+
+/// `SCB` beside an int8 weight of as many rows.
+fn packed_int8(
+    stored: &BTreeMap<&str, Stored>,
+    module: &str,
+    scales: &Stored,
+) -> Result<Option<(String, &'static dyn Format, Layout)>> {
+    if !(module.is_empty() || module.ends_with('.')) {
+        return Ok(None);
+    }
+    let base = format!("{module}weight");
+    let Some(weight) = stored.get(base.as_str()) else {
+        return Ok(None);
+    };
+    if weight.entry.dtype != Dtype::I8
+        || weight.entry.shape.len() != 2
+        || scales.entry.shape.first() != weight.entry.shape.first()
+    {
+        return Ok(None);
+    }
+    let format = formats::find("bitsandbytes:int8")?;
+    let params = Params {
+        dtype: Dtype::F16,
+        ..Params::default()
+    };
+    let layout = format.layout(&weight.entry.shape, &params)?;
+    Ok(Some((base, format, layout)))
+}
+
+/// Finds the arrays of a recognised tensor and checks their sizes against the layout.
+fn gather(
+    stored: &BTreeMap<&str, Stored>,
+    base: &str,
+    format: &'static dyn Format,
+    layout: Layout,
+) -> Result<Tensor> {
+    let mut parts = Vec::with_capacity(layout.components.len());
+    for (position, component) in layout.components.iter().enumerate() {
+        let name = component.stored_name(base);
+        let found = stored.get(name.as_str()).cloned();
+        match &found {
+            Some(part) => {
+                let expected = layout.component_bytes(position)?;
+                let fits = match component.span {
+                    Span::WholeAtMost => true,
+                    // Readers accept the packed bytes viewed as any other type.
+                    Span::Blocks { .. } | Span::Whole => {
+                        part.entry.bytes == expected || component.suffix.contains("quant_state")
+                    }
+                };
+                if !fits {
+                    return Err(Error::checkpoint(format!(
+                        "\"{name}\" has {} bytes, but shape {:?} in {} needs {expected}",
+                        part.entry.bytes,
+                        layout.shape,
+                        format.info().name
+                    )));
+                }
+            }
+            None if component.span.is_sliced() => {
+                return Err(Error::checkpoint(format!("\"{name}\" is missing")));
+            }
+            None => {}
+        }
+        parts.push(found);
+    }
+    Ok(Tensor {
+        name: base.to_owned(),
+        shape: layout.shape.clone(),
+        dtype: layout.params.dtype,
+        packed: Some((format, layout)),
+        parts,
+    })
+}

@@ -1,0 +1,64 @@
+//! What is checked about the destination before the first byte is written.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::io::file;
+use crate::io::Source;
+
+use super::plan::Plan;
+use super::request::Kind;
+use super::workspace;
+
+/// Refuses a destination that exists, is of another kind, or holds the source.
+pub fn check_destination(plan: &Plan, overwrite: bool) -> Result<()> {
+    let destination = plan.destination.as_path();
+    let Ok(metadata) = std::fs::symlink_metadata(destination) else {
+        return Ok(());
+    };
+    let empty_folder = metadata.is_dir()
+        && std::fs::read_dir(destination).is_ok_and(|mut entries| entries.next().is_none());
+    let same_kind = metadata.is_dir() == (plan.kind == Kind::Folder);
+    if !same_kind {
+        return Err(
+            Error::config("the destination is of another kind (folder or file)").file(destination),
+        );
+    }
+    if !overwrite && !empty_folder {
+        return Err(Error::config("the destination exists")
+            .file(destination)
+            .hint("choose another one, or replace it with --overwrite"));
+    }
+    if plan
+        .checkpoints
+        .iter()
+        .flat_map(|checkpoint| &checkpoint.files)
+        .any(|open| lies_in(open.source.path(), destination))
+    {
+        return Err(Error::config("the destination holds the source")
+            .file(destination)
+            .hint("write somewhere else, then move it"));
+    }
+    Ok(())
+}
+
+/// Whether `file` is `place` or lies below it.
+fn lies_in(file: &Path, place: &Path) -> bool {
+    match (file.canonicalize(), place.canonicalize()) {
+        (Ok(file), Ok(place)) => file.starts_with(place),
+        _ => false,
+    }
+}
+
+/// Refuses a plan that the disk has no room for, what an earlier run reserved counted in.
+pub fn check_space(plan: &Plan) -> Result<()> {
+    let partial = workspace::partial_path(&plan.destination, &plan.id);
+    let there = file::used_bytes(&partial);
+    let need = plan.output_bytes().saturating_sub(there);
+    let free = plan.disk_free_bytes()?;
+    if need > free {
+        let folder = workspace::existing_parent(&plan.destination);
+        return Err(Error::no_space(need, free, folder));
+    }
+    Ok(())
+}

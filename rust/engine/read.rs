@@ -1,0 +1,148 @@
+//! Reads one logical tensor, decoded.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::float;
+use crate::formats::MAX_PARTS;
+use crate::shape;
+
+use super::checkpoint::{Checkpoint, Tensor};
+use super::pool::{self, lock, Stop};
+use super::slab::{self, Cut};
+
+/// Source bytes read at a time.
+const SLAB_WEIGHTS: u64 = 1 << 20;
+
+/// Reads slabs of packed tensors into buffers it keeps and decodes them tile by tile.
+#[derive(Default)]
+pub struct SlabReader {
+    input: [Vec<u8>; MAX_PARTS],
+    weights: Vec<f32>,
+}
+
+impl SlabReader {
+    /// Reads the packed bytes of `slab`; gives their number.
+    pub fn fill(
+        &mut self,
+        checkpoint: &Checkpoint,
+        tensor: &Tensor,
+        slab: &Range<u64>,
+    ) -> Result<u64> {
+        let packed = tensor.as_packed().ok_or_else(|| undecodable(tensor))?;
+        let mut read = 0;
+        for (buffer, (position, component)) in self.input.iter_mut().zip(packed.layout.sliced()) {
+            let Some(Some(part)) = tensor.parts.get(position) else {
+                return Err(Error::Internal(format!("no part {position}")));
+            };
+            let range = component.span.range(slab.start, slab.end - slab.start);
+            let buffer = slab::resize(buffer, range.end - range.start)?;
+            checkpoint.read(part, range.start, buffer)?;
+            read += range.end - range.start;
+        }
+        Ok(read)
+    }
+
+    /// The weights of `tile`, which lies in the slab that was read last.
+    pub fn decode(
+        &mut self,
+        tensor: &Tensor,
+        slab: &Range<u64>,
+        tile: &Range<u64>,
+    ) -> Result<&[f32]> {
+        self.decode_for(tensor, slab, tile, false)
+    }
+
+    fn decode_for(
+        &mut self,
+        tensor: &Tensor,
+        slab: &Range<u64>,
+        tile: &Range<u64>,
+        to_odd: bool,
+    ) -> Result<&[f32]> {
+        let packed = tensor.as_packed().ok_or_else(|| undecodable(tensor))?;
+        let parts = slab::parts(packed.layout, slab::as_slices(&self.input), slab, tile)?;
+        let weights = slab::resize_weights(&mut self.weights, tile.end - tile.start)?;
+        if to_odd {
+            packed
+                .format
+                .decode_to_odd(packed.layout, tile.start, &parts, weights)?;
+        } else {
+            packed
+                .format
+                .decode(packed.layout, tile.start, &parts, weights)?;
+        }
+        Ok(weights)
+    }
+}
+
+fn undecodable(tensor: &Tensor) -> Error {
+    Error::unsupported(format!("{} values cannot be decoded", tensor.dtype)).tensor(&tensor.name)
+}
+
+/// Decodes the whole tensor into `out`, rounded once to `dtype`; stored integers are copied when
+/// `dtype` is their own type. `out` is little-endian and has exactly the tensor's size.
+pub fn read(
+    checkpoint: &Checkpoint,
+    name: &str,
+    dtype: Dtype,
+    out: &mut [u8],
+    threads: usize,
+    tick: &mut dyn FnMut() -> Result<()>,
+) -> Result<()> {
+    let tensor = checkpoint.tensor(name)?;
+    let expected = dtype.byte_len(&tensor.shape)?;
+    if out.len() as u64 != expected {
+        return Err(Error::config(format!(
+            "output has {} bytes, the tensor needs {expected}",
+            out.len()
+        ))
+        .tensor(name));
+    }
+    let stored = tensor.main()?;
+    if tensor.parts.len() == 1 && stored.entry.dtype == dtype {
+        return checkpoint.read(stored, 0, out);
+    }
+    let packed = tensor.as_packed().ok_or_else(|| undecodable(tensor))?;
+    if !dtype.is_float() || dtype == Dtype::F64 {
+        return Err(Error::unsupported(format!(
+            "{} weights are not turned into {dtype}",
+            tensor.dtype
+        ))
+        .tensor(name));
+    }
+    let weights = packed.layout.weights;
+    let cut = Cut::new(&[packed.layout.unit_weights], weights, SLAB_WEIGHTS);
+    let slab_bytes = shape::to_usize(shape::multiply(cut.slab, dtype.alignment(), "slab size")?)?;
+    let chunks = Mutex::new(out.chunks_mut(slab_bytes.max(1)).enumerate());
+    pool::run(
+        threads,
+        shape::to_usize(cut.slabs(weights))?,
+        &Stop::default(),
+        SlabReader::default,
+        |reader, _, stop| {
+            let Some((slab, chunk)) = lock(&chunks).next() else {
+                return Ok(());
+            };
+            let range = cut.slab_range(slab as u64, weights);
+            reader.fill(checkpoint, tensor, &range)?;
+            let mut rest = chunk;
+            for tile in slab::tiles(&range, cut.tile) {
+                stop.check()?;
+                let bytes =
+                    shape::to_usize((tile.end - tile.start) * dtype.alignment())?.min(rest.len());
+                let (part, after) = rest.split_at_mut(bytes);
+                float::narrow(
+                    dtype,
+                    reader.decode_for(tensor, &range, &tile, dtype != Dtype::F32)?,
+                    part,
+                )?;
+                rest = after;
+            }
+            Ok(())
+        },
+        tick,
+    )
+}

@@ -1,0 +1,511 @@
+//! Carries a plan out: workers fill the shards slab by slab, a keeper forces them to the disk and
+//! keeps the journal, and the finished content takes the destination's place in one step.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::formats::{ErrorSums, Layout};
+
+use super::checkpoint::{Stored, Tensor};
+use super::extra;
+use super::journal::{Journal, Line};
+use super::keeper::{self, Done, Finished, Keeper, Sinks};
+use super::pieces::{add_pieces, source_ranges, Piece};
+use super::plan::{Action, Plan, Planned, Slot};
+use super::pool::{self, lock, Stop};
+use super::preflight;
+use super::report::{Report, Totals};
+use super::slab::{self, Packed, Scratch, Task};
+use super::workspace::{Left, Workspace};
+
+/// How a run treats what it finds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunChoices {
+    /// Replace an existing destination, once the new one is complete.
+    pub overwrite: bool,
+    /// Go on from what an earlier, interrupted run of the same plan left.
+    pub resume: bool,
+}
+
+/// How far a run is.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    /// Bytes read from weights files, repeated passes included.
+    pub read_bytes: u64,
+    /// Bytes that will have been read.
+    pub total_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// A tensor being worked on.
+    pub tensor: String,
+}
+
+/// Layout and statistics of a tensor whose first pass is complete.
+type Settled = (Layout, Vec<u8>);
+
+/// What workers share about one tensor.
+#[derive(Default)]
+struct TensorState {
+    /// Pieces left, both passes.
+    remaining: AtomicUsize,
+    /// Pieces of the first pass left.
+    unmeasured: AtomicUsize,
+    /// Statistics as the first pass collects them.
+    statistics: Mutex<Vec<u8>>,
+    /// Layout and statistics once the first pass is complete.
+    settled: Mutex<Option<Arc<Settled>>>,
+    is_settled: Condvar,
+    /// Error sums by slab; they are added up in that order.
+    sums: Mutex<Vec<(u64, ErrorSums)>>,
+}
+
+struct Run<'r> {
+    plan: &'r Plan,
+    sinks: &'r Sinks,
+    pieces: Vec<Piece>,
+    states: Vec<TensorState>,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+    current: AtomicUsize,
+}
+
+/// Carries `plan` out. `tick` runs on the calling thread about twenty times a second; an error from
+/// it stops the work and leaves the workspace for a later `resume`.
+pub fn run(
+    plan: &Plan,
+    choices: RunChoices,
+    tick: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<Report> {
+    let started = Instant::now();
+    preflight::check_destination(plan, choices.overwrite)?;
+    let begin = Line::Begin {
+        plan: plan.id.clone(),
+        sources: plan.source_state.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    preflight::check_space(plan)?;
+    let (workspace, mut journal, left) = Workspace::open(
+        &plan.destination,
+        plan.kind,
+        &plan.id,
+        &begin,
+        choices.resume,
+    )?;
+    let lines = match left {
+        Left::Nothing => Vec::new(),
+        Left::Lines(lines) => lines,
+        Left::Committed(lines) => {
+            let done = keeper::read_lines(plan, lines);
+            let totals = Totals {
+                resumed_bytes: plan.output_bytes(),
+                ..Totals::default()
+            };
+            workspace.remove()?;
+            return Ok(Report::new(plan, &done, &totals, started.elapsed()));
+        }
+    };
+    match fill(plan, &workspace, &mut journal, lines, tick) {
+        Ok((done, totals)) => {
+            workspace.commit(&mut journal, plan.options.sync)?;
+            Ok(Report::new(plan, &done, &totals, started.elapsed()))
+        }
+        Err(error) => {
+            // An interruption or a full disk can be resumed; bad input cannot.
+            if !matches!(error, Error::Interrupted | Error::Io { .. }) {
+                workspace.discard();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Fills the workspace's content: weights, then indexes and other files.
+fn fill(
+    plan: &Plan,
+    workspace: &Workspace,
+    journal: &mut Journal,
+    lines: Vec<Line>,
+    tick: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<(Done, Totals)> {
+    let sinks = Sinks::new(plan, workspace.content());
+    let done = keeper::restore(plan, &sinks, lines);
+    let resumed_bytes = plan
+        .tensors
+        .iter()
+        .zip(&done.tensors)
+        .filter(|(_, finished)| finished.is_some())
+        .map(|(planned, _)| plan.target_bytes(planned))
+        .sum();
+    for (shard, sealed) in plan.shards.iter().zip(&done.shards) {
+        let started = done
+            .tensors
+            .get(shard.tensors.clone())
+            .is_some_and(|all| all.iter().any(Option::is_some));
+        if sealed.is_none() && !started {
+            sinks.reserve(shard)?;
+        }
+    }
+    let run = Run::new(plan, &sinks, &done.tensors)?;
+    let total_bytes = run.total_bytes()?;
+    let stop = Stop::default();
+    let (outbox, inbox) = mpsc::channel();
+    let keeper = Keeper {
+        plan,
+        sinks: &sinks,
+        journal,
+        written_bytes: &run.written_bytes,
+        done,
+    };
+    let stop = &stop;
+    let (worked, kept) = std::thread::scope(|scope| {
+        let keeper = scope.spawn(move || keeper.keep(&inbox, stop));
+        let worked = pool::run(
+            plan.threads,
+            run.pieces.len(),
+            stop,
+            || (Scratch::default(), outbox.clone()),
+            |(scratch, outbox), position, stop| run.carry_out(position, scratch, outbox, stop),
+            &mut || tick(&run.progress(total_bytes)),
+        );
+        drop(outbox);
+        let mut watched = Ok(());
+        while !keeper.is_finished() {
+            std::thread::sleep(Duration::from_millis(5));
+            if watched.is_ok() {
+                watched = tick(&run.progress(total_bytes));
+            }
+        }
+        let kept = keeper
+            .join()
+            .unwrap_or_else(|_| Err(Error::Internal(String::from("the keeper panicked"))));
+        (worked.and(watched), kept)
+    });
+    // A keeper that fails stops the workers, so its error is the cause.
+    let done = match (worked, kept) {
+        (Err(error), Ok(_)) => return Err(error),
+        (_, kept) => kept?,
+    };
+    if done.shards.iter().any(Option::is_none) {
+        return Err(Error::Internal(String::from(
+            "a shard was left without its header",
+        )));
+    }
+    let mut totals = Totals {
+        read_bytes: run.read_bytes.load(Ordering::Relaxed),
+        written_bytes: run.written_bytes.load(Ordering::Relaxed),
+        resumed_bytes,
+    };
+    totals.written_bytes += extra::write(plan, &workspace.content(), &mut || {
+        tick(&run.progress(total_bytes))
+    })?;
+    Ok((done, totals))
+}
+
+impl<'r> Run<'r> {
+    fn new(plan: &'r Plan, sinks: &'r Sinks, finished: &[Option<Finished>]) -> Result<Self> {
+        let mut pieces = Vec::new();
+        let mut states = Vec::with_capacity(plan.tensors.len());
+        for (tensor, planned) in plan.tensors.iter().enumerate() {
+            let state = TensorState::default();
+            if finished.get(tensor).is_some_and(Option::is_none) {
+                let measured = add_pieces(plan, tensor, planned, &mut pieces)?;
+                state.unmeasured.store(measured, Ordering::Relaxed);
+                let first = pieces
+                    .iter()
+                    .rev()
+                    .take_while(|piece| piece.tensor() == tensor)
+                    .count();
+                state.remaining.store(first, Ordering::Relaxed);
+            }
+            states.push(state);
+        }
+        Ok(Run {
+            plan,
+            sinks,
+            pieces,
+            states,
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+            current: AtomicUsize::new(0),
+        })
+    }
+
+    fn progress(&self, total_bytes: u64) -> Progress {
+        let tensor = self.plan.tensors.get(self.current.load(Ordering::Relaxed));
+        Progress {
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
+            total_bytes,
+            written_bytes: self.written_bytes.load(Ordering::Relaxed),
+            tensor: tensor.map_or(String::new(), |planned| planned.target.clone()),
+        }
+    }
+
+    /// Bytes that the pieces will read.
+    fn total_bytes(&self) -> Result<u64> {
+        let mut total = 0;
+        for piece in &self.pieces {
+            total += match *piece {
+                Piece::Copy { bytes, .. } => bytes,
+                Piece::Measure { tensor, slab } | Piece::Encode { tensor, slab } => {
+                    let (source, task) = self.task(tensor)?;
+                    let range = task.cut.slab_range(slab, task.target.layout.weights);
+                    let bytes = |(_, part): (&Stored, std::ops::Range<u64>)| part.end - part.start;
+                    source_ranges(source, task.source.layout, &range)
+                        .map(bytes)
+                        .sum()
+                }
+            };
+        }
+        Ok(total)
+    }
+
+    fn task(&self, tensor: usize) -> Result<(&'r Tensor, Task<'r>)> {
+        let planned = self.planned(tensor)?;
+        let (_, source) = self.plan.source(planned)?;
+        let task = self
+            .plan
+            .task(source, &planned.action)
+            .ok_or_else(|| Error::Internal(format!("tensor {tensor} is not encoded")))?;
+        Ok((source, task))
+    }
+
+    fn planned(&self, tensor: usize) -> Result<&'r Planned> {
+        self.plan
+            .tensors
+            .get(tensor)
+            .ok_or_else(|| Error::Internal(format!("no planned tensor {tensor}")))
+    }
+
+    fn state(&self, tensor: usize) -> Result<&TensorState> {
+        self.states
+            .get(tensor)
+            .ok_or_else(|| Error::Internal(format!("no state of tensor {tensor}")))
+    }
+
+    fn carry_out(
+        &self,
+        position: usize,
+        scratch: &mut Scratch,
+        outbox: &Sender<(usize, Finished)>,
+        stop: &Stop,
+    ) -> Result<()> {
+        let Some(piece) = self.pieces.get(position) else {
+            return Ok(());
+        };
+        let tensor = piece.tensor();
+        self.current.store(tensor, Ordering::Relaxed);
+        let worked = match *piece {
+            Piece::Copy {
+                slot, first, bytes, ..
+            } => self.copy(tensor, slot, first, bytes, scratch),
+            Piece::Measure { slab, .. } => self.measure(tensor, slab, scratch, stop),
+            Piece::Encode { slab, .. } => self.encode(tensor, slab, scratch, stop),
+        };
+        worked.map_err(|error| self.locate(tensor, error))?;
+        let state = self.state(tensor)?;
+        if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let finished = self
+                .finish(tensor, state)
+                .map_err(|error| self.locate(tensor, error))?;
+            // The keeper hangs up only after a failure of its own, which is the one to report.
+            let _ = outbox.send((tensor, finished));
+        }
+        Ok(())
+    }
+
+    fn locate(&self, tensor: usize, error: Error) -> Error {
+        match self
+            .planned(tensor)
+            .and_then(|planned| self.plan.source(planned))
+        {
+            Ok((checkpoint, source)) => match source.main() {
+                Ok(main) => error.tensor(&source.name).file(checkpoint.path(main.file)),
+                Err(_) => error.tensor(&source.name),
+            },
+            Err(_) => error,
+        }
+    }
+
+    fn write(&self, planned: &Planned, slot: &Slot, offset: u64, bytes: &[u8]) -> Result<()> {
+        let start = self
+            .plan
+            .shards
+            .get(planned.shard)
+            .and_then(|shard| shard.layout.offsets.get(slot.entry))
+            .ok_or_else(|| Error::Internal(format!("no entry {}", slot.entry)))?;
+        self.sinks
+            .get(self.plan, planned.shard)?
+            .write_at(start + offset, bytes)?;
+        self.written_bytes
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        tensor: usize,
+        slot: usize,
+        first: u64,
+        bytes: u64,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let planned = self.planned(tensor)?;
+        let (checkpoint, source) = self.plan.source(planned)?;
+        let Some(slot) = planned.slots.get(slot) else {
+            return Err(Error::Internal(format!("no slot {slot}")));
+        };
+        let Some(Some(part)) = source.parts.get(slot.component) else {
+            return Err(Error::Internal(format!("no part {}", slot.component)));
+        };
+        let [buffer, ..] = &mut scratch.input;
+        let buffer = slab::resize(buffer, bytes)?;
+        checkpoint.read(part, first, buffer)?;
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.write(planned, slot, first, buffer)
+    }
+
+    /// Reads the packed source bytes of a slab.
+    fn read(
+        &self,
+        tensor: usize,
+        layout: &Layout,
+        slab: &std::ops::Range<u64>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (checkpoint, source) = self.plan.source(self.planned(tensor)?)?;
+        for (buffer, (part, range)) in scratch
+            .input
+            .iter_mut()
+            .zip(source_ranges(source, layout, slab))
+        {
+            let buffer = slab::resize(buffer, range.end - range.start)?;
+            checkpoint.read(part, range.start, buffer)?;
+            self.read_bytes
+                .fetch_add(range.end - range.start, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn measure(&self, tensor: usize, slab: u64, scratch: &mut Scratch, stop: &Stop) -> Result<()> {
+        let (_, task) = self.task(tensor)?;
+        let state = self.state(tensor)?;
+        let layout = task.target.layout;
+        let range = task.cut.slab_range(slab, layout.weights);
+        self.read(tensor, task.source.layout, &range, scratch)?;
+        task.measure(&range, scratch, &|| stop.check())?;
+        let Some(span) = layout.statistics else {
+            return Ok(());
+        };
+        let part = slab::span_bytes(span, &range)?;
+        {
+            let mut statistics = lock(&state.statistics);
+            slab::resize(&mut statistics, span.range(0, layout.weights).end)?;
+            if let (Some(target), Some(measured)) = (
+                statistics.get_mut(part.clone()),
+                scratch.statistics.get(..part.len()),
+            ) {
+                target.copy_from_slice(measured);
+            }
+        }
+        if state.unmeasured.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let mut layout = layout.clone();
+            let mut statistics = std::mem::take(&mut *lock(&state.statistics));
+            task.target.format.settle(&mut layout, &mut statistics)?;
+            *lock(&state.settled) = Some(Arc::new((layout, statistics)));
+            state.is_settled.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Waits until the first pass over a tensor is complete. Pieces are claimed in order, so its
+    /// slabs are all done or being worked on by threads that wait for nothing.
+    fn settled(&self, state: &TensorState, stop: &Stop) -> Result<Arc<Settled>> {
+        let mut settled = lock(&state.settled);
+        loop {
+            if let Some(settled) = settled.as_ref() {
+                return Ok(Arc::clone(settled));
+            }
+            stop.check()?;
+            let waited = state
+                .is_settled
+                .wait_timeout(settled, Duration::from_millis(20));
+            settled = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn encode(&self, tensor: usize, slab: u64, scratch: &mut Scratch, stop: &Stop) -> Result<()> {
+        let planned = self.planned(tensor)?;
+        let (_, mut task) = self.task(tensor)?;
+        let state = self.state(tensor)?;
+        let settled = match task.target.layout.statistics {
+            Some(_) => Some(self.settled(state, stop)?),
+            None => None,
+        };
+        let mut statistics: &[u8] = &[];
+        if let Some(settled) = &settled {
+            task.target = Packed {
+                format: task.target.format,
+                layout: &settled.0,
+            };
+            statistics = &settled.1;
+        }
+        let range = task.cut.slab_range(slab, task.target.layout.weights);
+        self.read(tensor, task.source.layout, &range, scratch)?;
+        let sums = task.encode(&range, statistics, scratch, &|| stop.check())?;
+        for (buffer, (component, layout)) in scratch.output.iter().zip(task.target.layout.sliced())
+        {
+            let bytes = layout.span.range(range.start, range.end - range.start);
+            let slot = slot_of(planned, component)?;
+            let length = slab::span_bytes(layout.span, &range)?.len();
+            let packed = buffer
+                .get(..length)
+                .ok_or_else(|| Error::Internal(String::from("short output buffer")))?;
+            self.write(planned, slot, bytes.start, packed)?;
+        }
+        lock(&state.sums).push((slab, sums));
+        Ok(())
+    }
+
+    /// Writes the whole-tensor components and adds the error sums up.
+    fn finish(&self, tensor: usize, state: &TensorState) -> Result<Finished> {
+        let planned = self.planned(tensor)?;
+        let Action::Encode { format, layout, .. } = &planned.action else {
+            return Ok(Finished::default());
+        };
+        let settled = lock(&state.settled).take();
+        let whole = match &settled {
+            Some(settled) => format.whole(&settled.0, &settled.1)?,
+            None => format.whole(layout, &[])?,
+        };
+        let mut late = Vec::new();
+        for (component, bytes) in whole {
+            let slot = slot_of(planned, component)?;
+            if slot.late.is_some() {
+                late.push((component, bytes));
+            } else {
+                self.write(planned, slot, 0, &bytes)?;
+            }
+        }
+        let mut slabs = std::mem::take(&mut *lock(&state.sums));
+        slabs.sort_unstable_by_key(|(slab, _)| *slab);
+        let mut sums = ErrorSums::default();
+        for (_, part) in &slabs {
+            sums.merge(part);
+        }
+        Ok(Finished {
+            late,
+            sums: self.plan.options.verify.then_some(sums),
+        })
+    }
+}
+
+fn slot_of(planned: &Planned, component: usize) -> Result<&Slot> {
+    planned
+        .slots
+        .iter()
+        .find(|slot| slot.component == component)
+        .ok_or_else(|| Error::Internal(format!("component {component} has no place")))
+}

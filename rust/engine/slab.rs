@@ -1,0 +1,340 @@
+//! One slab: a run of a tensor's weights that a worker reads, decodes, encodes and measures in
+//! buffers it keeps. Slabs are a few megabytes (the unit of reading and writing); inside, the work
+//! goes tile by tile, so that the widened weights stay in cache between the steps.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::formats::{
+    self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Span, MAX_PARTS,
+};
+use crate::shape;
+
+/// Weights per tile, before rounding to whole units: 64 KiB as `f32`, which leaves room in a
+/// second-level cache for the decoded copy and for both sets of packed bytes.
+const TILE_WEIGHTS: u64 = 16 * 1024;
+
+/// A format with the layout of one tensor in it.
+#[derive(Clone, Copy)]
+pub struct Packed<'a> {
+    /// How the numbers are laid out.
+    pub format: &'static dyn Format,
+    /// Where they are.
+    pub layout: &'a Layout,
+}
+
+/// How a tensor is cut: `slab` and `tile` are weights, both multiples of what the two formats
+/// allow (or the whole tensor).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Weights per slab.
+    pub slab: u64,
+    /// Weights per tile.
+    pub tile: u64,
+}
+
+impl Cut {
+    /// The cut for work whose tiles begin at multiples of every one of `units`, of at most
+    /// `weights` weights, with slabs of about `slab_weights`.
+    pub fn new(units: &[u64], weights: u64, slab_weights: u64) -> Self {
+        let whole = weights.max(1);
+        let unit = units.iter().fold(1u64, |unit, &next| {
+            least_common_multiple(unit, next.max(1), whole)
+        });
+        let tile = round_to(TILE_WEIGHTS, unit).min(whole);
+        Cut {
+            slab: round_to(slab_weights, tile).min(whole),
+            tile,
+        }
+    }
+
+    /// Number of slabs of a tensor of `weights` weights.
+    pub fn slabs(&self, weights: u64) -> u64 {
+        weights.div_ceil(self.slab)
+    }
+
+    /// Weights of slab `index`.
+    pub fn slab_range(&self, index: u64, weights: u64) -> Range<u64> {
+        let first = index.saturating_mul(self.slab).min(weights);
+        first..first.saturating_add(self.slab).min(weights)
+    }
+}
+
+/// Least common multiple, or `most` where it would be larger (then the whole tensor is one unit).
+fn least_common_multiple(a: u64, b: u64, most: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x)
+        .checked_mul(b)
+        .map_or(most, |multiple| multiple.min(most))
+}
+
+/// The largest multiple of `unit` that is at most `about`, and at least one unit.
+fn round_to(about: u64, unit: u64) -> u64 {
+    (about / unit).max(1).saturating_mul(unit)
+}
+
+/// Buffers of one worker, allocated once.
+#[derive(Default)]
+pub struct Scratch {
+    /// Packed source bytes of the slab, one buffer per sliced component.
+    pub input: [Vec<u8>; MAX_PARTS],
+    /// Packed target bytes of the slab.
+    pub output: [Vec<u8>; MAX_PARTS],
+    /// First-pass statistics of the slab.
+    pub statistics: Vec<u8>,
+    weights: Vec<f32>,
+    decoded: Vec<f32>,
+}
+
+/// What to do with each slab of a tensor.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    /// Where the weights come from.
+    pub source: Packed<'a>,
+    /// What they become.
+    pub target: Packed<'a>,
+    /// The cut both sides agreed on.
+    pub cut: Cut,
+    /// Measure the error of what was encoded.
+    pub verify: bool,
+    /// Let weights through that are not finite.
+    pub keep_nonfinite: bool,
+}
+
+/// Grows `buffer` to `bytes` without touching it twice; a worker's buffers reach their final size
+/// within its first slabs.
+pub fn resize(buffer: &mut Vec<u8>, bytes: u64) -> Result<&mut [u8]> {
+    let bytes = shape::to_usize(bytes)?;
+    if buffer.len() < bytes {
+        buffer
+            .try_reserve_exact(bytes - buffer.len())
+            .map_err(|_| Error::config(format!("no memory for a buffer of {bytes} bytes")))?;
+        buffer.resize(bytes, 0);
+    }
+    Ok(&mut buffer[..bytes])
+}
+
+/// As [`resize`], for weights.
+pub fn resize_weights(buffer: &mut Vec<f32>, count: u64) -> Result<&mut [f32]> {
+    let count = shape::to_usize(count)?;
+    if buffer.len() < count {
+        buffer
+            .try_reserve_exact(count - buffer.len())
+            .map_err(|_| Error::config(format!("no memory for a tile of {count} weights")))?;
+        buffer.resize(count, 0.0);
+    }
+    Ok(&mut buffer[..count])
+}
+
+/// Byte range of `tile` inside a buffer that holds `slab` of a component.
+fn within(span: Span, slab: &Range<u64>, tile: &Range<u64>) -> Result<Range<usize>> {
+    let base = span.range(slab.start, 0).start;
+    let bytes = span.range(tile.start, tile.end - tile.start);
+    Ok(shape::to_usize(bytes.start - base)?..shape::to_usize(bytes.end - base)?)
+}
+
+/// Bytes of `slab` in a buffer that begins where the component does.
+pub fn span_bytes(span: Span, slab: &Range<u64>) -> Result<Range<usize>> {
+    let bytes = span.range(slab.start, slab.end - slab.start);
+    Ok(shape::to_usize(bytes.start)?..shape::to_usize(bytes.end)?)
+}
+
+fn outside(range: &Range<usize>) -> Error {
+    Error::config(format!(
+        "component buffer does not cover bytes {}..{}",
+        range.start, range.end
+    ))
+}
+
+/// The bytes of `tile` in each sliced component.
+pub fn parts<'b>(
+    layout: &Layout,
+    buffers: [&'b [u8]; MAX_PARTS],
+    slab: &Range<u64>,
+    tile: &Range<u64>,
+) -> Result<Parts<'b>> {
+    let mut parts: Parts<'b> = [&[]; MAX_PARTS];
+    for ((part, buffer), (_, component)) in parts.iter_mut().zip(buffers).zip(layout.sliced()) {
+        let range = within(component.span, slab, tile)?;
+        *part = buffer.get(range.clone()).ok_or_else(|| outside(&range))?;
+    }
+    Ok(parts)
+}
+
+fn parts_mut<'b>(
+    layout: &Layout,
+    buffers: &'b mut [Vec<u8>; MAX_PARTS],
+    slab: &Range<u64>,
+    tile: &Range<u64>,
+) -> Result<PartsMut<'b>> {
+    let mut parts: PartsMut<'b> = [&mut [], &mut [], &mut [], &mut []];
+    for ((part, buffer), (_, component)) in parts
+        .iter_mut()
+        .zip(buffers.iter_mut())
+        .zip(layout.sliced())
+    {
+        let range = within(component.span, slab, tile)?;
+        *part = buffer
+            .get_mut(range.clone())
+            .ok_or_else(|| outside(&range))?;
+    }
+    Ok(parts)
+}
+
+/// Borrows a set of buffers as slices.
+pub fn as_slices(buffers: &[Vec<u8>; MAX_PARTS]) -> [&[u8]; MAX_PARTS] {
+    let [a, b, c, d] = buffers;
+    [a, b, c, d]
+}
+
+/// The tiles of `slab`.
+pub fn tiles(slab: &Range<u64>, tile: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = slab.end;
+    (slab.start..end)
+        .step_by(usize::try_from(tile.max(1)).unwrap_or(usize::MAX))
+        .map(move |first| first..first.saturating_add(tile).min(end))
+}
+
+impl Task<'_> {
+    /// Decodes one tile of `scratch.input` and refuses weights that are not finite.
+    fn decode_tile<'s>(
+        &self,
+        input: [&[u8]; MAX_PARTS],
+        weights: &'s mut Vec<f32>,
+        slab: &Range<u64>,
+        tile: &Range<u64>,
+    ) -> Result<&'s [f32]> {
+        let x = resize_weights(weights, tile.end - tile.start)?;
+        let parts = parts(self.source.layout, input, slab, tile)?;
+        decode_for(self.source, self.target.format, tile.start, &parts, x)?;
+        let refused = match self.target.format.nonfinite() {
+            NonFinite::Stored => false,
+            NonFinite::OnRequest => !self.keep_nonfinite,
+            NonFinite::Refused => true,
+        };
+        if refused {
+            if let Some(index) = formats::first_nonfinite(x) {
+                let value = x.get(index).copied().unwrap_or(f32::NAN);
+                return Err(Error::format(format!(
+                    "{}: weight {} is {value}, which cannot be quantized",
+                    self.target.format.info().name,
+                    tile.start + index as u64
+                ))
+                .hint("keep the tensor in source precision (--keep), or pass it through where the format can (--on-nonfinite keep)"));
+            }
+        }
+        Ok(x)
+    }
+
+    /// First pass over a slab whose bytes are in `scratch.input`: fills `scratch.statistics`.
+    pub fn measure(
+        &self,
+        slab: &Range<u64>,
+        scratch: &mut Scratch,
+        stop: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        let Some(span) = self.target.layout.statistics else {
+            return Ok(());
+        };
+        let bytes = span.range(slab.start, slab.end - slab.start);
+        resize(&mut scratch.statistics, bytes.end - bytes.start)?;
+        for tile in tiles(slab, self.cut.tile) {
+            stop()?;
+            let x =
+                self.decode_tile(as_slices(&scratch.input), &mut scratch.weights, slab, &tile)?;
+            let range = within(span, slab, &tile)?;
+            let part = scratch
+                .statistics
+                .get_mut(range.clone())
+                .ok_or_else(|| outside(&range))?;
+            self.target
+                .format
+                .measure(self.target.layout, tile.start, x, part)?;
+        }
+        Ok(())
+    }
+
+    /// Encodes the slab whose bytes are in `scratch.input` into `scratch.output`.
+    pub fn encode(
+        &self,
+        slab: &Range<u64>,
+        statistics: &[u8],
+        scratch: &mut Scratch,
+        stop: &dyn Fn() -> Result<()>,
+    ) -> Result<ErrorSums> {
+        for (buffer, (_, component)) in scratch.output.iter_mut().zip(self.target.layout.sliced()) {
+            let bytes = component.span.range(slab.start, slab.end - slab.start);
+            resize(buffer, bytes.end - bytes.start)?;
+        }
+        let mut sums = ErrorSums::default();
+        for tile in tiles(slab, self.cut.tile) {
+            stop()?;
+            let x =
+                self.decode_tile(as_slices(&scratch.input), &mut scratch.weights, slab, &tile)?;
+            let mut out = parts_mut(self.target.layout, &mut scratch.output, slab, &tile)?;
+            self.target
+                .format
+                .encode(self.target.layout, tile.start, x, statistics, &mut out)?;
+            if self.verify {
+                let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
+                let packed = parts(self.target.layout, as_slices(&scratch.output), slab, &tile)?;
+                self.target
+                    .format
+                    .decode(self.target.layout, tile.start, &packed, y)?;
+                sums.merge(&formats::error_sums(x, y));
+            }
+        }
+        Ok(sums)
+    }
+}
+
+/// Decodes one tile for a target: 64-bit sources are rounded to odd where the target rounds once
+/// more, so that the result is rounded once.
+pub fn decode_for(
+    source: Packed<'_>,
+    target: &dyn Format,
+    first: u64,
+    parts: &Parts<'_>,
+    weights: &mut [f32],
+) -> Result<()> {
+    if target.rounds_to_16_bits() {
+        source
+            .format
+            .decode_to_odd(source.layout, first, parts, weights)
+    } else {
+        source.format.decode(source.layout, first, parts, weights)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuts_keep_to_whole_units_or_the_whole_tensor() {
+        let cut = Cut::new(&[32, 64], 1 << 20, 100_000);
+        assert_eq!((cut.tile % 64, cut.slab % cut.tile), (0, 0));
+        let rows = Cut::new(&[1, 4304], 4304 * 10, 1 << 20);
+        assert_eq!(rows.tile % 4304, 0);
+        assert_eq!(rows.slab, 4304 * 10);
+        let odd = Cut::new(&[u64::MAX - 1, u64::MAX - 2], 77, 16);
+        assert_eq!((odd.tile, odd.slab), (77, 77));
+        assert_eq!(Cut::new(&[64], 0, 16).slabs(0), 0);
+    }
+
+    #[test]
+    fn slabs_and_tiles_cover_every_weight_once() {
+        let cut = Cut::new(&[64], 1_000_003, 300_000);
+        let mut next = 0;
+        for index in 0..cut.slabs(1_000_003) {
+            for tile in tiles(&cut.slab_range(index, 1_000_003), cut.tile) {
+                assert_eq!(tile.start, next);
+                next = tile.end;
+            }
+        }
+        assert_eq!(next, 1_000_003);
+    }
+}

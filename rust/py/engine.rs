@@ -1,0 +1,290 @@
+//! Bindings of the engine: checkpoints, plans, comparisons.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use numpy::PyReadwriteArray1;
+use pyo3::exceptions::PyKeyError;
+use pyo3::prelude::*;
+use serde_json::json;
+
+use super::errors::guarded;
+use crate::dtype::Dtype;
+use crate::engine::{self, compare, plan, read, report, Progress, Request, RunChoices};
+use crate::error::{Error, Result};
+use crate::io::{gguf, Metadata, Source};
+
+/// Shortest time between two calls of a progress callback.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest metadata array that is shown whole.
+const MOST_SHOWN_ITEMS: u64 = 64;
+
+/// Looks at signals, and calls the callback now and then; remembers what Python raised.
+struct Watch<'py> {
+    callback: Option<&'py Py<PyAny>>,
+    last: Option<Instant>,
+    raised: Option<PyErr>,
+}
+
+impl<'py> Watch<'py> {
+    fn new(callback: Option<&'py Py<PyAny>>) -> Self {
+        Watch {
+            callback,
+            last: None,
+            raised: None,
+        }
+    }
+
+    fn tick(&mut self, progress: &Progress) -> Result<()> {
+        let outcome = Python::attach(|py| {
+            py.check_signals()?;
+            let due = self
+                .last
+                .is_none_or(|last| last.elapsed() >= REPORT_INTERVAL);
+            if let (Some(callback), true) = (self.callback, due) {
+                self.last = Some(Instant::now());
+                let Progress {
+                    read_bytes,
+                    total_bytes,
+                    written_bytes,
+                    tensor,
+                } = progress;
+                callback.call1(
+                    py,
+                    (*read_bytes, *total_bytes, *written_bytes, tensor.as_str()),
+                )?;
+            }
+            Ok(())
+        });
+        outcome.map_err(|raised| {
+            self.raised = Some(raised);
+            Error::Interrupted
+        })
+    }
+
+    /// The result, with what Python raised in place of the interruption it led to.
+    fn settle<T>(self, outcome: PyResult<T>) -> PyResult<T> {
+        match self.raised {
+            Some(raised) => Err(raised),
+            None => outcome,
+        }
+    }
+}
+
+fn threads_or_all(threads: Option<usize>) -> usize {
+    threads
+        .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
+        .unwrap_or(1)
+        .max(1)
+}
+
+fn to_json(value: &impl serde::Serialize) -> PyResult<String> {
+    serde_json::to_string(value).map_err(|error| Error::Internal(error.to_string()).into())
+}
+
+/// See `_rust.pyi`.
+#[pyclass(frozen, module = "weightpack._rust")]
+pub struct Checkpoint(Arc<engine::Checkpoint>);
+
+#[pymethods]
+impl Checkpoint {
+    #[staticmethod]
+    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        guarded(py, || engine::Checkpoint::open(&path))
+            .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
+    }
+
+    fn describe(&self, py: Python<'_>) -> PyResult<String> {
+        let value = guarded(py, || Ok(describe(&self.0)))?;
+        to_json(&value)
+    }
+
+    fn metadata(&self, py: Python<'_>) -> PyResult<String> {
+        let value = guarded(py, || metadata(&self.0))?;
+        to_json(&value)
+    }
+
+    fn metadata_value(&self, py: Python<'_>, key: &str) -> PyResult<Py<PyAny>> {
+        let Some(file) = self.0.files.first() else {
+            return Err(PyKeyError::new_err(key.to_owned()));
+        };
+        let found = guarded(py, || match &file.header.metadata {
+            Metadata::Text(text) => Ok(text.get(key).map(|text| json!(text))),
+            Metadata::Gguf(pairs) if !pairs.contains(key) => Ok(None),
+            Metadata::Gguf(pairs) => Ok(Some(pairs.value(file.source.as_ref(), key)?.to_json())),
+        })?;
+        match found {
+            Some(value) => Ok(py
+                .import("json")?
+                .call_method1("loads", (to_json(&value)?,))?
+                .unbind()),
+            None => Err(PyKeyError::new_err(key.to_owned())),
+        }
+    }
+
+    #[pyo3(signature = (name, out, dtype, threads=None))]
+    fn read(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        mut out: PyReadwriteArray1<'_, u8>,
+        dtype: &str,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let out = out.as_slice_mut()?;
+        let dtype = Dtype::from_name(dtype)
+            .ok_or_else(|| Error::config(format!("unknown dtype \"{dtype}\"")))?;
+        let mut watch = Watch::new(None);
+        let outcome = guarded(py, || {
+            let mut tick = || watch.tick(&Progress::default());
+            read::read(
+                &self.0,
+                name,
+                dtype,
+                out,
+                threads_or_all(threads),
+                &mut tick,
+            )
+        });
+        watch.settle(outcome)
+    }
+}
+
+fn describe(checkpoint: &engine::Checkpoint) -> serde_json::Value {
+    let files = checkpoint.files.iter().map(|file| {
+        let data: u64 = file.header.entries.iter().map(|entry| entry.bytes).sum();
+        json!({
+            "path": file.source.path(), "bytes": file.source.len(),
+            "header_bytes": file.source.len().saturating_sub(data),
+        })
+    });
+    let tensors = checkpoint.tensors.iter().map(|tensor| {
+        let parts = tensor.stored().map(|part| {
+            let entry = &part.entry;
+            json!({"name": entry.name, "dtype": entry.dtype.name(), "shape": entry.shape, "bytes": entry.bytes})
+        });
+        json!({
+            "name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype.name(),
+            "format": tensor.packed.as_ref().map(|(format, _)| format.info().name),
+            "weights": crate::shape::count_weights(&tensor.shape).ok(),
+            "stored_bytes": tensor.stored_bytes(),
+            "file": tensor.stored().next().map(|part| part.file),
+            "parts": parts.collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "container": checkpoint.container().name(),
+        "big_endian": checkpoint.files.iter().any(|file| file.header.big_endian),
+        "warnings": checkpoint.warnings,
+        "files": files.collect::<Vec<_>>(),
+        "tensors": tensors.collect::<Vec<_>>(),
+    })
+}
+
+fn metadata(checkpoint: &engine::Checkpoint) -> Result<serde_json::Value> {
+    let Some(file) = checkpoint.files.first() else {
+        return Ok(json!({}));
+    };
+    match &file.header.metadata {
+        Metadata::Text(text) => Ok(json!(text)),
+        Metadata::Gguf(pairs) => gguf_metadata(pairs, file.source.as_ref()),
+    }
+}
+
+fn gguf_metadata(pairs: &gguf::Metadata, source: &dyn Source) -> Result<serde_json::Value> {
+    let mut object = serde_json::Map::new();
+    for key in pairs.keys() {
+        let shown = match pairs.array(key) {
+            Some((kind, count)) if count > MOST_SHOWN_ITEMS => {
+                json!({"type": kind.name(), "count": count})
+            }
+            _ => pairs.value(source, key)?.to_json(),
+        };
+        object.insert(key.to_owned(), shown);
+    }
+    Ok(object.into())
+}
+
+/// See `_rust.pyi`.
+#[pyclass(frozen, module = "weightpack._rust")]
+pub struct Plan(plan::Plan);
+
+#[pymethods]
+impl Plan {
+    #[staticmethod]
+    fn build(
+        py: Python<'_>,
+        request: &str,
+        checkpoints: Vec<Bound<'_, Checkpoint>>,
+    ) -> PyResult<Self> {
+        let checkpoints: Vec<Arc<engine::Checkpoint>> = checkpoints
+            .iter()
+            .map(|checkpoint| Arc::clone(&checkpoint.get().0))
+            .collect();
+        guarded(py, || {
+            let request: Request = serde_json::from_str(request)
+                .map_err(|error| Error::config(format!("conversion request: {error}")))?;
+            plan::Plan::build(request, checkpoints)
+        })
+        .map(Plan)
+    }
+
+    fn describe(&self, py: Python<'_>) -> PyResult<String> {
+        let value = guarded(py, || self.0.describe())?;
+        to_json(&value)
+    }
+
+    #[pyo3(signature = (*, overwrite, resume, on_progress=None))]
+    fn run(
+        &self,
+        py: Python<'_>,
+        overwrite: bool,
+        resume: bool,
+        on_progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
+        let mut watch = Watch::new(on_progress.as_ref());
+        let outcome = guarded(py, || {
+            let choices = RunChoices { overwrite, resume };
+            engine::run(&self.0, choices, &mut |progress| watch.tick(progress))
+        });
+        to_json(&watch.settle(outcome)?)
+    }
+}
+
+/// See `_rust.pyi`.
+#[pyfunction]
+#[pyo3(signature = (a, b, pairs, threads=None, on_progress=None))]
+pub fn diff(
+    py: Python<'_>,
+    a: &Checkpoint,
+    b: &Checkpoint,
+    pairs: Vec<(String, String)>,
+    threads: Option<usize>,
+    on_progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let mut watch = Watch::new(on_progress.as_ref());
+    let outcome = guarded(py, || {
+        compare::compare(
+            &a.0,
+            &b.0,
+            &pairs,
+            threads_or_all(threads),
+            &mut |progress| watch.tick(progress),
+        )
+    });
+    let sums = watch.settle(outcome)?;
+    let rows: Vec<serde_json::Value> = pairs
+        .iter()
+        .zip(&sums)
+        .map(|((name_a, name_b), sums)| {
+            let shape =
+                a.0.tensor(name_a)
+                    .map(|tensor| tensor.shape.clone())
+                    .unwrap_or_default();
+            let weights = crate::shape::count_weights(&shape).unwrap_or(0);
+            json!({"a": name_a, "b": name_b, "error": report::error_json(sums, weights)})
+        })
+        .collect();
+    to_json(&rows)
+}
