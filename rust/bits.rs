@@ -28,7 +28,7 @@ impl NibbleOrder {
 ///
 /// Fails if a code is above 15, or if the lengths do not agree.
 pub fn pack_int4(order: NibbleOrder, codes: &[u8], packed: &mut [u8]) -> Result<()> {
-    check(codes.len(), packed.len())?;
+    check_int4(codes.len(), packed.len())?;
     if let Some(index) = codes.iter().position(|&code| code > 15) {
         return Err(Error::format(format!(
             "code {} at index {index} does not fit in 4 bits",
@@ -49,7 +49,7 @@ pub fn pack_int4(order: NibbleOrder, codes: &[u8], packed: &mut [u8]) -> Result<
 ///
 /// Fails if the lengths do not agree.
 pub fn unpack_int4(order: NibbleOrder, packed: &[u8], codes: &mut [u8]) -> Result<()> {
-    check(codes.len(), packed.len())?;
+    check_int4(codes.len(), packed.len())?;
     for (&byte, pair) in packed.iter().zip(codes.chunks_mut(2)) {
         let halves = match order {
             NibbleOrder::LowFirst => [byte & 15, byte >> 4],
@@ -60,7 +60,8 @@ pub fn unpack_int4(order: NibbleOrder, packed: &[u8], codes: &mut [u8]) -> Resul
     Ok(())
 }
 
-fn check(codes: usize, packed: usize) -> Result<()> {
+/// Fails unless `packed` bytes are what `codes` codes take.
+pub fn check_int4(codes: usize, packed: usize) -> Result<()> {
     if codes.div_ceil(2) == packed {
         return Ok(());
     }

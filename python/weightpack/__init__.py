@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightpackError,
     )
+    from .formats_ import FormatInfo, dequantize, formats, pack_int4, quantize, unpack_int4
     from .inspect_ import CheckpointInfo, inspect
 
     __version__: str
@@ -33,13 +34,19 @@ _NAMES = {
     "ConvertReport": "convert_",
     "DiffReport": "diff_",
     "FormatError": "errors",
+    "FormatInfo": "formats_",
     "UnsupportedError": "errors",
     "WeightpackError": "errors",
     "__version__": "_rust",
     "convert": "convert_",
+    "dequantize": "formats_",
     "diff": "diff_",
+    "formats": "formats_",
     "inspect": "inspect_",
     "open_checkpoint": "checkpoint",
+    "pack_int4": "formats_",
+    "quantize": "formats_",
+    "unpack_int4": "formats_",
 }
 
 __all__ = [
@@ -51,13 +58,19 @@ __all__ = [
     "ConvertReport",
     "DiffReport",
     "FormatError",
+    "FormatInfo",
     "UnsupportedError",
     "WeightpackError",
     "__version__",
     "convert",
+    "dequantize",
     "diff",
+    "formats",
     "inspect",
     "open_checkpoint",
+    "pack_int4",
+    "quantize",
+    "unpack_int4",
 ]
 
 

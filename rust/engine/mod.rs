@@ -7,8 +7,10 @@
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | `slab` | decode, encode and measure a slab while it is in cache |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
+//! | [`array`] | encode and decode an array in memory |
 //! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
 
+pub mod array;
 pub mod checkpoint;
 pub mod compare;
 mod extra;

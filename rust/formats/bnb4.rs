@@ -454,23 +454,33 @@ static NEAREST: LazyLock<Vec<u8>> = LazyLock::new(|| {
         .collect()
 });
 
-/// `x` as Python's `repr` writes a float: the shortest digits that read back as `x`, an exponent of
-/// at least two digits from 1e16 on and below 1e-4. `x` is finite.
+/// `x` as Python's `repr` writes a float: the fewest digits that read back as `x`, the nearest such
+/// ones, the even ones in a tie; an exponent of at least two digits from 1e16 on and below 1e-4.
+/// `x` is finite.
 fn python_repr(x: f64) -> String {
-    let scientific = format!("{x:e}");
-    let Some((digits, exponent)) = scientific.split_once('e') else {
-        return scientific;
+    // The shortest digits of `core` may end on the odd side of a tie (common here, as the digits of
+    // an `f32` end early); rounding to as many digits does not.
+    let shortest = format!("{x:e}");
+    let decimals = shortest
+        .split('e')
+        .next()
+        .and_then(|digits| digits.split_once('.'))
+        .map_or(0, |(_, decimals)| decimals.len());
+    let rounded = format!("{x:.decimals$e}");
+    let scientific = if rounded.parse() == Ok(x) {
+        rounded
+    } else {
+        shortest
     };
-    match exponent.parse::<i32>() {
-        Ok(exponent) if !(-4..16).contains(&exponent) => {
-            let sign = if exponent < 0 { '-' } else { '+' };
-            format!("{digits}e{sign}{:02}", exponent.abs())
-        }
-        // `Debug` keeps the `.0` of whole numbers; it leaves fixed notation at the same upper end,
-        // but sooner at the lower one.
-        _ if x.fract() == 0.0 => format!("{x:.1}"),
-        _ => format!("{x}"),
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if !(-4..16).contains(&exponent) {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        return format!("{digits}e{sign}{:02}", exponent.abs());
     }
+    // As many digits behind the point as the scientific form has in all, and at least one.
+    let decimals = i32::try_from(decimals).unwrap_or(0) - exponent;
+    format!("{x:.*}", decimals.max(1) as usize)
 }
 
 /// What the JSON of a 4-bit tensor says.
@@ -553,4 +563,33 @@ pub fn read_quant_state(text: &[u8]) -> Result<QuantState> {
             nested_offset: nested_offset.unwrap_or(0.0),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_written_as_python_writes_them() {
+        for (x, text) in [
+            (0.0, "0.0"),
+            (1.0, "1.0"),
+            (1e15, "1000000000000000.0"),
+            (9007199254740993.0, "9007199254740992.0"),
+            (1e16, "1e+16"),
+            (1.5e300, "1.5e+300"),
+            (1e-4, "0.0001"),
+            (1e-5, "1e-05"),
+            (1.25e-7, "1.25e-07"),
+            (5e-324, "5e-324"),
+            (0.1, "0.1"),
+            (f64::from(0.1f32), "0.10000000149011612"),
+            (f64::from(1e-45f32), "1.401298464324817e-45"),
+            (f64::from(f32::MAX), "3.4028234663852886e+38"),
+            // Exactly between two numbers of 17 digits.
+            (1_809.455_200_195_312_5, "1809.4552001953125"),
+        ] {
+            assert_eq!(python_repr(x), text);
+        }
+    }
 }

@@ -9,7 +9,7 @@
 //! | `m.weight_format` | U8 \[\] | 0: row-major |
 //!
 //! Encoding, per row: every weight is first rounded to f16 (x); a is the largest |x|;
-//! q = x·(127 / a) in `f32`, to nearest with ties to even; SCB = a. Decoding: (q·SCB)·(1/127) with
+//! q = x·((1/a)·127) in `f32`, to nearest with ties to even; SCB = a. Decoding: (q·SCB)·(1/127) with
 //! 1/127 rounded to `f32`, two roundings.
 //!
 //! Special cases:
@@ -162,7 +162,8 @@ pub(crate) fn encode_row(_level: Level, weights: &[f32], codes: &mut [u8]) -> f3
         (float::through_f16(weight).to_bits() & 0x7fff_ffff).max(most)
     });
     let most = f32::from_bits(most);
-    let scale = if most == 0.0 { 0.0 } else { 127.0 / most };
+    // The peer divides 127 by a tensor, which torch does by way of the reciprocal.
+    let scale = if most == 0.0 { 0.0 } else { 1.0 / most * 127.0 };
     for (code, &weight) in codes.iter_mut().zip(weights) {
         let code_value = (float::through_f16(weight) * scale).round_ties_even();
         *code = (code_value as i8).cast_unsigned();

@@ -33,7 +33,8 @@
 //!
 //! Source: ggml 0.25.3, `ggml-quants.c` (`quantize_row_*_ref`, `dequantize_row_*`), built without
 //! fused multiply-add. gguf-py 0.19 gives the same bytes, except for a block of zeros that opens
-//! with a negative one in Q4_0 and Q5_0: its d is +0 there, ggml's (followed here) is −0.
+//! with a negative one in Q4_0 and Q5_0, where its d is +0 and ggml's (followed here) is −0; and
+//! except for the sign of m where m is a zero of either sign: the first one's here and in ggml.
 
 use half::f16;
 

@@ -2,6 +2,7 @@
 
 mod engine;
 mod errors;
+mod formats;
 
 use pyo3::prelude::*;
 
@@ -12,5 +13,5 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<engine::Checkpoint>()?;
     module.add_class::<engine::Plan>()?;
     module.add_function(wrap_pyfunction!(engine::diff, module)?)?;
-    Ok(())
+    formats::register(module)
 }

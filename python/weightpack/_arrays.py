@@ -1,0 +1,122 @@
+"""Arrays in and out: numpy arrays and torch tensors, seen as bytes without a copy.
+
+torch is never imported here: a torch tensor can only come from a program that has imported it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError, FormatError
+
+_NUMPY_DTYPES: dict[str, Any] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+}
+_NAMES = {dtype.name: name for name, dtype in _NUMPY_DTYPES.items()}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+ELEMENT_TYPES = frozenset(_NUMPY_DTYPES)
+"""Types of the table that arrays can have."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """An array and its memory: `data` is a flat `uint8` view of `array`."""
+
+    array: Any
+    data: NDArray[np.uint8]
+    shape: tuple[int, ...]
+    dtype: str | None
+    """Name in the table of types (`F32`), `None` if it has no row there."""
+    is_torch: bool
+
+
+def view(array: Any) -> Bytes:
+    """The bytes of a numpy array, of anything numpy makes one of, or of a torch tensor.
+
+    An array that is not contiguous, or not in the machine's byte order, is copied first; `array` of
+    the result is then the copy. A tensor that is not in this machine's memory is refused.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        if array.device.type != "cpu" or array.layout != torch.strided:
+            raise FormatError(
+                f"tensor is on {array.device} with layout {array.layout}, expected a dense tensor on cpu",
+                hint="tensor.cpu() gives one",
+            )
+        # A lazy negation has no bytes of its own until it is carried out.
+        dense = array.detach().resolve_neg().contiguous()
+        data = dense.reshape(-1).view(torch.uint8).numpy()
+        return Bytes(dense, data, tuple(array.shape), _NAMES.get(str(array.dtype).removeprefix("torch.")), True)
+    given = np.asarray(array)
+    if not given.dtype.isnative:
+        given = given.astype(given.dtype.newbyteorder("="))
+    dense = np.ascontiguousarray(given)
+    name = _NAMES.get(given.dtype.name)
+    if name is None and given.dtype.hasobject:
+        raise FormatError(f"array of dtype {given.dtype} holds no numbers")
+    return Bytes(dense, dense.reshape(-1).view(np.uint8), given.shape, name, False)
+
+
+def view_floats(array: Any) -> Bytes:
+    """As `view`, for weights: float64, float32, float16 or bfloat16."""
+    seen = view(array)
+    if seen.dtype not in _FLOATS:
+        raise FormatError(
+            f"array of dtype {seen.array.dtype}: expected float32, float16, bfloat16 or float64",
+        )
+    return seen
+
+
+def view_output(array: Any) -> Bytes:
+    """As `view_floats`, for an array that is written to, so that no copy will do."""
+    seen = view_floats(array)
+    if seen.is_torch:
+        in_place = array.is_contiguous() and not array.is_neg()
+    else:
+        in_place = isinstance(array, np.ndarray) and array.flags.c_contiguous and array.dtype.isnative
+    if not in_place:
+        raise FormatError("out is not a contiguous array or tensor")
+    if not seen.data.flags.writeable:
+        raise FormatError("out is read-only")
+    return seen
+
+
+def empty(shape: Sequence[int], dtype: str, *, torch: bool) -> Bytes:
+    """A new array of unknown content; a GGUF block type is not an element type and is refused."""
+    numpy_dtype = _NUMPY_DTYPES[dtype]
+    if torch:
+        library = sys.modules["torch"]
+        tensor = library.empty(tuple(shape), dtype=getattr(library, numpy_dtype.name))
+        return view(tensor)
+    return view(np.empty(tuple(shape), numpy_dtype))
+
+
+def as_torch(array: NDArray[Any]) -> Any:
+    """A tensor on the memory of `array`, for a caller that gave a tensor."""
+    return sys.modules["torch"].from_numpy(array)
+
+
+def dtype_name(dtype: Any) -> str:
+    """`F32` for `"float32"`, `numpy.float32` and `torch.float32`, and so on."""
+    text = str(dtype).removeprefix("torch.")
+    if text not in _NAMES:
+        with contextlib.suppress(TypeError):
+            text = np.dtype(dtype).name
+    name = _NAMES.get(text)
+    if name not in _FLOATS:
+        raise ConfigError(f"dtype {dtype} is not float32, float16, bfloat16 or float64")
+    return str(name)

@@ -1,0 +1,326 @@
+//! Whole arrays in memory: encoded into, and decoded from, buffers of the caller.
+//!
+//! The array is cut at multiples of the format's unit into one run per thread; a thread goes over
+//! its run tile by tile, with one `f32` tile as scratch. The bytes depend neither on the number of
+//! threads nor on the size of a tile.
+
+use std::ops::Range;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::float;
+use crate::formats::{self, Format, Layout, NonFinite, MAX_PARTS};
+use crate::shape;
+
+/// Weights of a tile, rounded up to a whole number of units: small enough for the second cache.
+const TILE_WEIGHTS: u64 = 16 * 1024;
+/// Fewer weights than this are not worth a thread of their own.
+const LEAST_WEIGHTS_PER_THREAD: u64 = 256 * 1024;
+
+/// How an array is encoded or decoded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Threads at most; `None` takes one per processor.
+    pub threads: Option<usize>,
+    /// Encode weights that are not finite, where the format defines how.
+    pub keep_nonfinite: bool,
+}
+
+/// Encodes `data`, weights of type `dtype` in memory order, into one buffer per component of
+/// `layout`, and gives the final length of each. A buffer is as long as the layout says; of a
+/// component whose length is only known at the end, the first bytes are used.
+///
+/// Tensor-wide parameters are recorded in `layout`.
+pub fn encode_array(
+    format: &dyn Format,
+    layout: &mut Layout,
+    dtype: Dtype,
+    data: &[u8],
+    components: &mut [&mut [u8]],
+    options: Options,
+) -> Result<Vec<u64>> {
+    check_length("array", dtype.byte_len(&layout.shape)?, data.len())?;
+    check_components(layout, components.iter().map(|bytes| bytes.len()))?;
+    let source = Source {
+        format,
+        dtype,
+        weight_bytes: dtype.alignment(),
+        data,
+        takes_nonfinite: match format.nonfinite() {
+            NonFinite::Stored => true,
+            NonFinite::OnRequest => options.keep_nonfinite,
+            NonFinite::Refused => false,
+        },
+    };
+    let runs = cut(layout, options.threads);
+    let mut statistics = Vec::new();
+    if let Some(span) = layout.statistics {
+        let bytes = span.range(0, layout.weights).end;
+        statistics = vec![0; shape::to_usize(bytes)?];
+        let mut rest = &mut statistics[..];
+        let mut work = Vec::new();
+        for run in &runs {
+            work.push((
+                run.clone(),
+                take(&mut rest, span.range(run.start, run.end - run.start))?,
+            ));
+        }
+        let measured = &*layout;
+        in_threads(work, |(run, bytes)| {
+            let mut rest = bytes;
+            source.for_each_tile(measured, run, |first, weights| {
+                let bytes = take(&mut rest, span.range(first, weights.len() as u64))?;
+                format.measure(measured, first, weights, bytes)
+            })
+        })?;
+        format.settle(layout, &mut statistics)?;
+    }
+
+    let layout = &*layout;
+    let mut rest: Vec<&mut [u8]> = layout
+        .components
+        .iter()
+        .zip(components.iter_mut())
+        .filter(|(component, _)| component.span.is_sliced())
+        .map(|(_, bytes)| &mut **bytes)
+        .collect();
+    let mut work = Vec::new();
+    for run in runs {
+        work.push((run.clone(), take_parts(layout, &mut rest, &run)?));
+    }
+    in_threads(work, |(run, mut rest)| {
+        source.for_each_tile(layout, run, |first, weights| {
+            let tile = first..first + weights.len() as u64;
+            let mut parts: formats::PartsMut<'_> = Default::default();
+            for (part, bytes) in parts.iter_mut().zip(take_parts(layout, &mut rest, &tile)?) {
+                *part = bytes;
+            }
+            format.encode(layout, first, weights, &statistics, &mut parts)
+        })
+    })?;
+
+    let mut lengths: Vec<u64> = components.iter().map(|bytes| bytes.len() as u64).collect();
+    for (index, bytes) in format.whole(layout, &statistics)? {
+        match components
+            .get_mut(index)
+            .and_then(|to| to.get_mut(..bytes.len()))
+        {
+            Some(to) => to.copy_from_slice(&bytes),
+            None => return Err(Error::Internal(format!("component {index} is too short"))),
+        }
+        lengths[index] = bytes.len() as u64;
+    }
+    Ok(lengths)
+}
+
+/// Decodes one buffer per component of `layout` into `out`, rounding each weight once to `dtype`.
+/// Only components that are cut into tiles are looked at; the others may be empty.
+pub fn decode_array(
+    format: &dyn Format,
+    layout: &Layout,
+    components: &[&[u8]],
+    dtype: Dtype,
+    out: &mut [u8],
+    options: Options,
+) -> Result<()> {
+    if !dtype.is_float() {
+        return Err(Error::config(format!("cannot decode to {dtype}")));
+    }
+    check_length("output", dtype.byte_len(&layout.shape)?, out.len())?;
+    if components.len() != layout.components.len() {
+        return Err(Error::config(format!(
+            "expected {} components, got {}",
+            layout.components.len(),
+            components.len()
+        )));
+    }
+    for (index, component) in layout.sliced() {
+        let name = format!("component \"{}\"", component.suffix);
+        check_length(
+            &name,
+            layout.component_bytes(index)?,
+            components[index].len(),
+        )?;
+    }
+    let to_odd = matches!(dtype, Dtype::F16 | Dtype::BF16);
+    let weight_bytes = dtype.alignment();
+    let mut rest = out;
+    let mut work = Vec::new();
+    for run in cut(layout, options.threads) {
+        let bytes = run.start * weight_bytes..run.end * weight_bytes;
+        work.push((run, take(&mut rest, bytes)?));
+    }
+    in_threads(work, |(run, mut rest)| {
+        let mut scratch = Vec::new();
+        for tile in tiles(layout, run) {
+            let weights = scratch_of(&mut scratch, &tile)?;
+            let mut parts: formats::Parts<'_> = Default::default();
+            for (part, (index, component)) in parts.iter_mut().zip(layout.sliced()) {
+                let range = component.span.range(tile.start, tile.end - tile.start);
+                *part = get(components[index], range)?;
+            }
+            if to_odd {
+                format.decode_to_odd(layout, tile.start, &parts, weights)?;
+            } else {
+                format.decode(layout, tile.start, &parts, weights)?;
+            }
+            let bytes = tile.start * weight_bytes..tile.end * weight_bytes;
+            float::narrow(dtype, weights, take(&mut rest, bytes)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// The weights to encode.
+struct Source<'a> {
+    format: &'a dyn Format,
+    dtype: Dtype,
+    weight_bytes: u64,
+    data: &'a [u8],
+    takes_nonfinite: bool,
+}
+
+impl Source<'_> {
+    /// Widens tile after tile of `run` and gives each to `work`, with the index of its first weight.
+    fn for_each_tile(
+        &self,
+        layout: &Layout,
+        run: Range<u64>,
+        mut work: impl FnMut(u64, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let mut scratch = Vec::new();
+        for tile in tiles(layout, run) {
+            let weights = scratch_of(&mut scratch, &tile)?;
+            let range = tile.start * self.weight_bytes..tile.end * self.weight_bytes;
+            let to_odd = self.format.rounds_to_16_bits();
+            float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
+            if !self.takes_nonfinite {
+                if let Some(index) = formats::first_nonfinite(weights) {
+                    return Err(Error::format(format!(
+                        "{}: weight at index {} is {}",
+                        self.format.info().name,
+                        tile.start + index as u64,
+                        weights[index]
+                    )));
+                }
+            }
+            work(tile.start, weights)?;
+        }
+        Ok(())
+    }
+}
+
+/// One run of whole units per thread, in order, none of them empty.
+fn cut(layout: &Layout, threads: Option<usize>) -> Vec<Range<u64>> {
+    let processors = || std::thread::available_parallelism().map_or(1, |count| count.get());
+    let threads = threads.unwrap_or_else(processors).max(1) as u64;
+    let threads = threads
+        .min(layout.weights / LEAST_WEIGHTS_PER_THREAD)
+        .max(1);
+    pieces(
+        0..layout.weights,
+        layout.weights.div_ceil(threads),
+        layout.unit_weights,
+    )
+    .collect()
+}
+
+/// The tiles of `run`.
+fn tiles(layout: &Layout, run: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    pieces(run, TILE_WEIGHTS, layout.unit_weights)
+}
+
+/// `whole` in pieces of `weights`, rounded up to a multiple of `unit`.
+fn pieces(whole: Range<u64>, weights: u64, unit: u64) -> impl Iterator<Item = Range<u64>> {
+    let unit = unit.max(1);
+    let weights = weights.div_ceil(unit).max(1).saturating_mul(unit);
+    let mut start = whole.start;
+    std::iter::from_fn(move || {
+        let piece = start..start.saturating_add(weights).min(whole.end);
+        start = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Runs `work` on every item, each in its own thread; the first failure in order wins.
+fn in_threads<T: Send>(items: Vec<T>, work: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
+    let work = &work;
+    let mut items = items.into_iter();
+    let Some(first) = items.next() else {
+        return Ok(());
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
+        let mut result = work(first);
+        for other in others {
+            let other = other
+                .join()
+                .unwrap_or_else(|_| Err(Error::Internal("a worker thread panicked".into())));
+            result = result.and(other);
+        }
+        result
+    })
+}
+
+/// The first bytes of `scratch` for a tile, grown if need be.
+fn scratch_of<'a>(scratch: &'a mut Vec<f32>, tile: &Range<u64>) -> Result<&'a mut [f32]> {
+    let count = shape::to_usize(tile.end - tile.start)?;
+    if scratch.len() < count {
+        scratch.resize(count, 0.0);
+    }
+    Ok(&mut scratch[..count])
+}
+
+/// Takes the bytes of the weights `run` off the front of each sliced component.
+fn take_parts<'a>(
+    layout: &Layout,
+    rest: &mut [&'a mut [u8]],
+    run: &Range<u64>,
+) -> Result<Vec<&'a mut [u8]>> {
+    layout
+        .sliced()
+        .zip(rest)
+        .take(MAX_PARTS)
+        .map(|((_, component), rest)| {
+            take(rest, component.span.range(run.start, run.end - run.start))
+        })
+        .collect()
+}
+
+/// Takes as many bytes as `range` has off the front of `rest`.
+fn take<'a>(rest: &mut &'a mut [u8], range: Range<u64>) -> Result<&'a mut [u8]> {
+    let bytes = shape::to_usize(range.end - range.start)?;
+    rest.split_off_mut(..bytes)
+        .ok_or_else(|| Error::Internal(format!("{bytes} bytes run over the end of a component")))
+}
+
+fn get(bytes: &[u8], range: Range<u64>) -> Result<&[u8]> {
+    let range = shape::to_usize(range.start)?..shape::to_usize(range.end)?;
+    bytes
+        .get(range.clone())
+        .ok_or_else(|| Error::Internal(format!("bytes {range:?} run over the end of an array")))
+}
+
+fn check_components(layout: &Layout, lengths: impl ExactSizeIterator<Item = usize>) -> Result<()> {
+    if lengths.len() != layout.components.len() {
+        return Err(Error::config(format!(
+            "expected {} components, got {}",
+            layout.components.len(),
+            lengths.len()
+        )));
+    }
+    for (index, length) in lengths.enumerate() {
+        let name = format!("component \"{}\"", layout.components[index].suffix);
+        check_length(&name, layout.component_bytes(index)?, length)?;
+    }
+    Ok(())
+}
+
+fn check_length(what: &str, expected: u64, got: usize) -> Result<()> {
+    if expected == got as u64 {
+        return Ok(());
+    }
+    Err(Error::format(format!(
+        "{what}: expected {expected} bytes, got {got}"
+    )))
+}
