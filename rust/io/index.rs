@@ -26,8 +26,8 @@ use super::{Container, Header, Metadata, Source};
 use crate::error::{Error, Result};
 use crate::shape;
 
-/// Largest index that is read.
-pub const MOST_INDEX_BYTES: u64 = 256 << 20;
+/// Largest index that is read: that of a million tensors.
+pub const MOST_INDEX_BYTES: u64 = 100_000_000;
 
 /// Key of shard metadata and index metadata that holds the id of the plan that wrote them.
 pub const PLAN_KEY: &str = "weightpack.plan";
@@ -380,7 +380,6 @@ impl<'de, T: serde::Deserialize<'de>> serde::Deserialize<'de> for Once<T> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::io::memory::MemorySource;

@@ -55,7 +55,6 @@ impl<B: AsRef<[u8]> + Send + Sync> Source for MemorySource<B> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -137,7 +137,6 @@ fn mismatch(json: &Json, expected: &str) -> Error {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use serde_json::json;

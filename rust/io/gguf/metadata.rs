@@ -2,7 +2,7 @@
 
 use super::scan::Scan;
 use super::value::{load_array_head, load_kind};
-use super::{Kind, Value};
+use super::{Kind, Value, MOST_PAIRS};
 use crate::error::{Error, Result};
 use crate::io::unique::first_double;
 use crate::io::Source;
@@ -54,6 +54,12 @@ impl Metadata {
             return Err(Error::checkpoint(format!(
                 "{count} metadata pairs do not fit into the {} bytes that are left",
                 scan.left()
+            ))
+            .at(scan.position()));
+        }
+        if count > MOST_PAIRS {
+            return Err(Error::checkpoint(format!(
+                "{count} metadata pairs are above the limit of {MOST_PAIRS}"
             ))
             .at(scan.position()));
         }

@@ -62,6 +62,12 @@ pub const GGML_NAME_BYTES: usize = 64;
 /// Longest key or name, as the format's description says of keys.
 pub const MOST_NAME_BYTES: u64 = 65_535;
 
+/// Most pairs of a file; real ones have some dozens.
+const MOST_PAIRS: u64 = 1 << 20;
+
+/// Most tensors of a file; real ones have some thousands.
+const MOST_TENSORS: u64 = 1 << 20;
+
 /// Deepest array within arrays.
 const MOST_DEPTH: usize = 4;
 
@@ -77,7 +83,6 @@ fn is_alignment(alignment: u64) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use crate::dtype::Dtype;

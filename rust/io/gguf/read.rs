@@ -3,7 +3,7 @@
 use super::scan::Scan;
 use super::{
     is_alignment, Kind, Metadata, Value, ALIGNMENT_KEY, DEFAULT_ALIGNMENT, GGML_NAME_BYTES, MAGIC,
-    MOST_ALIGNMENT, MOST_DIMENSIONS_READ,
+    MOST_ALIGNMENT, MOST_DIMENSIONS_READ, MOST_TENSORS,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -139,6 +139,12 @@ fn scan_tensors(
         return Err(Error::checkpoint(format!(
             "{count} tensors do not fit into the {} bytes that are left",
             scan.left()
+        ))
+        .at(scan.position()));
+    }
+    if count > MOST_TENSORS {
+        return Err(Error::checkpoint(format!(
+            "{count} tensors are above the limit of {MOST_TENSORS}"
         ))
         .at(scan.position()));
     }

@@ -93,7 +93,7 @@ fn check_part((source, header): &Part, position: u64, count: u64) -> Result<()> 
     for (key, expected) in [("split.no", position), ("split.count", count)] {
         let found = pairs(header).and_then(|pairs| pairs.get_u64(key));
         if found != Some(expected) {
-            let found = found.map_or(String::from("nothing"), |found| found.to_string());
+            let found = found.map_or(String::from("missing"), |found| found.to_string());
             return Err(
                 Error::checkpoint(format!("{key} is {found}, expected {expected}"))
                     .file(io::Source::path(source.as_ref())),

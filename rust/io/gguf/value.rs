@@ -327,7 +327,6 @@ fn store_text(text: &str, out: &mut Vec<u8>) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::io::memory::MemorySource;

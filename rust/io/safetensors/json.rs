@@ -7,6 +7,7 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::{METADATA, MOST_DIMENSIONS};
+use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::io::json_fault::fault;
 use crate::io::warnings::Warnings;
@@ -15,7 +16,7 @@ use crate::io::warnings::Warnings;
 #[derive(Debug)]
 pub(super) struct Described {
     pub name: String,
-    pub dtype: String,
+    pub dtype: Dtype,
     pub shape: Vec<u64>,
     pub begin: u64,
     pub end: u64,
@@ -82,12 +83,11 @@ impl<'de> Visitor<'de> for Top<'_> {
                 parsed.metadata = map.next_value_seed(OptionalTexts)?;
                 continue;
             }
-            self.place.tensor.replace(Some(name.clone()));
+            self.place.tensor.replace(Some(name));
             let described = map.next_value_seed(Tensor {
-                name,
+                place: self.place,
                 warnings: &mut parsed.warnings,
             })?;
-            self.place.tensor.replace(None);
             // Counts come from the file: memory is asked for in a way that can be refused.
             parsed.tensors.try_reserve(1).map_err(A::Error::custom)?;
             parsed.tensors.push(described);
@@ -97,7 +97,7 @@ impl<'de> Visitor<'de> for Top<'_> {
 }
 
 struct Tensor<'w> {
-    name: String,
+    place: &'w Place,
     warnings: &'w mut Warnings,
 }
 
@@ -117,7 +117,7 @@ impl<'de> Visitor<'de> for Tensor<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Described, A::Error> {
-        let mut dtype: Option<String> = None;
+        let mut dtype: Option<Dtype> = None;
         let mut shape: Option<Vec<u64>> = None;
         let mut offsets: Option<Vec<u64>> = None;
         let mut unknown = BTreeSet::new();
@@ -127,7 +127,12 @@ impl<'de> Visitor<'de> for Tensor<'_> {
                 "dtype" if dtype.is_some() => return Err(twice()),
                 "shape" if shape.is_some() => return Err(twice()),
                 "data_offsets" if offsets.is_some() => return Err(twice()),
-                "dtype" => dtype = Some(map.next_value()?),
+                "dtype" => {
+                    let name: String = map.next_value()?;
+                    let known = Dtype::from_safetensors(&name);
+                    let unknown = || A::Error::custom(format!("unknown dtype \"{name}\""));
+                    dtype = Some(known.ok_or_else(unknown)?);
+                }
                 "shape" => shape = Some(map.next_value_seed(Counts("shape", MOST_DIMENSIONS))?),
                 "data_offsets" => {
                     offsets = Some(map.next_value_seed(Counts("data_offsets", 2))?);
@@ -135,10 +140,9 @@ impl<'de> Visitor<'de> for Tensor<'_> {
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                     self.warnings.add(|| {
-                        format!(
-                            "tensor \"{}\": unknown field \"{field}\" is ignored",
-                            self.name
-                        )
+                        let tensor = self.place.tensor.borrow();
+                        let tensor = tensor.as_deref().unwrap_or_default();
+                        format!("tensor \"{tensor}\": unknown field \"{field}\" is ignored")
                     });
                     if unknown.contains(&field) {
                         return Err(twice());
@@ -155,10 +159,12 @@ impl<'de> Visitor<'de> for Tensor<'_> {
                 offsets.len()
             )));
         };
+        let dtype = dtype.ok_or_else(|| missing("dtype"))?;
+        let shape = shape.ok_or_else(|| missing("shape"))?;
         Ok(Described {
-            name: self.name,
-            dtype: dtype.ok_or_else(|| missing("dtype"))?,
-            shape: shape.ok_or_else(|| missing("shape"))?,
+            name: self.place.tensor.take().unwrap_or_default(),
+            dtype,
+            shape,
             begin,
             end,
         })

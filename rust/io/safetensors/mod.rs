@@ -42,7 +42,6 @@ pub const MOST_DIMENSIONS: usize = 64;
 const METADATA: &str = "__metadata__";
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use crate::dtype::Dtype;

@@ -2,7 +2,6 @@
 
 use super::json::{self, Described};
 use super::MOST_HEADER_BYTES;
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::io::unique::first_double;
 use crate::io::{Container, Entry, Header, Metadata, Source};
@@ -77,6 +76,12 @@ fn read_text(source: &dyn Source) -> Result<String> {
             _ => error,
         });
     }
+    // Before memory is taken for the rest.
+    let mut first = [0];
+    source.read_at(8, &mut first)?;
+    if first != [b'{'] {
+        return Err(Error::checkpoint("header does not begin with \"{\"").at(8));
+    }
     let mut bytes = Vec::new();
     let count = shape::to_usize(length)?;
     bytes.try_reserve_exact(count).map_err(|_| {
@@ -84,9 +89,6 @@ fn read_text(source: &dyn Source) -> Result<String> {
     })?;
     bytes.resize(count, 0);
     source.read_at(8, &mut bytes)?;
-    if bytes.first() != Some(&b'{') {
-        return Err(Error::checkpoint("header does not begin with \"{\"").at(8));
-    }
     String::from_utf8(bytes).map_err(|error| {
         let place = 8 + error.utf8_error().valid_up_to() as u64;
         Error::checkpoint("header is not valid UTF-8").at(place)
@@ -102,8 +104,6 @@ fn entry(tensor: Described, data_start: u64) -> Result<Entry> {
         begin,
         end,
     } = tensor;
-    let dtype = Dtype::from_safetensors(&dtype)
-        .ok_or_else(|| Error::checkpoint(format!("unknown dtype \"{dtype}\"")))?;
     let bytes = end.checked_sub(begin).ok_or_else(|| {
         Error::checkpoint(format!(
             "data_offsets [{begin}, {end}] end before they begin"
