@@ -94,7 +94,7 @@ impl Error {
             full.kind(),
             format!("{need} bytes are needed and {free} are free"),
         );
-        Error::io("not enough disk space in", folder, told)
+        Error::io("not enough disk space", folder, told)
     }
 
     /// Names the tensor, unless one is named already.

@@ -232,7 +232,7 @@ impl Plan {
             tensors.push(json!({
                 "name": tensor.name, "as": planned.target, "shape": tensor.shape, "from": from, "to": to,
                 "why": planned.why, "source_bytes": tensor.stored_bytes(), "output_bytes": self.target_bytes(planned),
-                "file": planned.shard, "copied": copied,
+                "file": self.shards.get(planned.shard).map(|shard| &shard.path), "copied": copied,
             }));
         }
         let weights = self.shards.iter().map(|shard| {
@@ -531,7 +531,11 @@ impl Plan {
                     .map_or(0, |packed| sliced_bytes(packed.layout, cut.slab));
                 source + sliced_bytes(layout, cut.slab) + cut.tile * 8
             }
-            _ => self.slab_bytes,
+            (Action::Copy, Ok((_, tensor))) => {
+                let widest = tensor.stored().map(|part| part.entry.bytes).max();
+                self.slab_bytes.min(widest.unwrap_or(0))
+            }
+            (_, Err(_)) => 0,
         }
     }
 }

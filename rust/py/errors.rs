@@ -23,17 +23,13 @@ pub fn to_python(error: &Error) -> PyErr {
             source,
         } => {
             let path = escape(&path.to_string_lossy());
-            return match source.raw_os_error() {
-                Some(errno) => {
-                    let reason = source.to_string();
-                    let reason = reason
-                        .split(" (os error")
-                        .next()
-                        .unwrap_or_default()
-                        .to_owned();
-                    PyOSError::new_err((errno, format!("{action}: {reason}"), path))
-                }
-                None => PyOSError::new_err(format!("{action} {path}: {source}")),
+            let full = source.kind() == std::io::ErrorKind::StorageFull;
+            let known = full.then(|| rustix::io::Errno::NOSPC.raw_os_error());
+            let reason = source.to_string();
+            let reason = reason.split(" (os error").next().unwrap_or_default();
+            return match source.raw_os_error().or(known) {
+                Some(errno) => PyOSError::new_err((errno, format!("{action}: {reason}"), path)),
+                None => PyOSError::new_err(format!("{action} {path}: {reason}")),
             };
         }
         Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
