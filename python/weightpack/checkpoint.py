@@ -139,10 +139,10 @@ class Checkpoint(Mapping[str, Entry]):
     ) -> NDArray[Any]:
         """The tensor called `name` as an array of its logical shape, decoded where it is packed.
 
-        `dtype` is the element type wanted ("float32", "bfloat16", "float16", "float64"); by default
-        the stored one, and for packed tensors the one they were packed from. Values are decoded in
-        float32 and rounded once. Integers are given as stored. `out` is a C-contiguous array to
-        fill; its type and shape must be those of the result.
+        `dtype` is the element type wanted ("float32", "bfloat16", "float16"); by default the stored
+        one, for packed tensors the one they were packed from, and float32 for GGUF blocks. Values
+        are decoded in float32 and rounded once. Integers are given as stored. `out` is a
+        C-contiguous array to fill; its type and shape must be those of the result.
 
         Raises `KeyError` for an unknown name, `UnsupportedError` for a type that is not decoded.
         """
@@ -207,7 +207,7 @@ def _entry(row: Mapping[str, Any], prefix: str, files: list[dict[str, Any]]) -> 
 def _stored_name(dtype: str | None, entry: Entry) -> str:
     """The storage type to ask for, in the words of the type table."""
     if dtype is None:
-        return entry.dtype
+        return entry.dtype if entry.is_plain or entry.dtype in FLOATS else "F32"
     name = str(dtype).removeprefix("torch.").removeprefix("numpy.")
     stored = _NAMES.get(name.lower(), name.upper())
     if stored not in FLOATS:

@@ -203,9 +203,9 @@ def demo(*, keep: str | None, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:
-        from .demo import show
+        from . import tables
 
-        show(result)
+        tables.show_demo(result)
     return DONE if result.passed else BELOW_THRESHOLD
 
 
@@ -236,12 +236,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code."""
     state: dict[str, Any] = {}
     try:
-        result = cli.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="weightpack",
-            standalone_mode=False,
-            obj=state,
-        )
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        with cli.make_context("weightpack", words, obj=state) as context:
+            result = cli.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else DONE
     except click.exceptions.Exit as stop:
@@ -254,6 +251,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except (KeyboardInterrupt, click.Abort):
         message("error", "interrupted")
+        if _is_resumable(state):
+            message("hint", "the same command with --resume goes on from here")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read standard output has gone; nothing more is written to it, not even at exit.
@@ -261,7 +260,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except WeightpackError as error:
         _explain(error, state, error.message, error.hint)
-        return USAGE if isinstance(error, ConfigError) else REFUSED
+        if isinstance(error, ConfigError):
+            return USAGE
+        # The base class itself is raised for defects only.
+        return FAILED if type(error) is WeightpackError else REFUSED
     except OSError as error:
         _explain(error, state, _describe(error), None)
         return FAILED if _was_writing(error, state) else REFUSED
@@ -288,6 +290,15 @@ def _describe(error: OSError) -> str:
         return str(error)
     where = f' "{error.filename}"' if error.filename is not None else ""
     return f"{error.strerror[:1].lower()}{error.strerror[1:]}{where}"
+
+
+def _is_resumable(state: dict[str, Any]) -> bool:
+    """Whether an interrupted conversion left work that the next one can use."""
+    destination = state.get("destination")
+    if destination is None:
+        return False
+    folder, name = os.path.split(os.path.abspath(destination))
+    return os.path.isdir(folder) and any(entry.startswith(f"{name}.partial-") for entry in os.listdir(folder))
 
 
 def _was_writing(error: OSError, state: dict[str, Any]) -> bool:

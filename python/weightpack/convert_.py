@@ -8,6 +8,7 @@ written. The engine does the rest.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -439,10 +440,8 @@ def _planned(plan: _rust.Plan, src: Path, dst: Path, to: Format, dry_run: bool) 
     described = json.loads(plan.describe())
     tensors = []
     for row in described["tensors"]:
-        weights = 1
-        for size in row["shape"]:
-            weights *= size
-        folder = row["file"].rpartition("/")[0] if dst.suffix not in (".safetensors", ".gguf") else ""
+        weights = math.prod(row["shape"])
+        folder = row["file"].rpartition("/")[0]
         tensors.append(
             TensorReport(
                 f"{folder}/{row['name']}" if folder else row["name"],
@@ -479,7 +478,7 @@ def _done(planned: ConvertReport, run: Mapping[str, Any]) -> ConvertReport:
         replace(
             tensor,
             output_bytes=row["output_bytes"],
-            bits_per_weight=row["bits_per_weight"],
+            bits_per_weight=row["bits_per_weight"] or 0.0,
             error=ErrorStatistics.from_dict(row["error"]),
         )
         for tensor, row in zip(planned.tensors, run["tensors"], strict=True)

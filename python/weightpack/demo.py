@@ -115,13 +115,6 @@ def run(keep: str | None = None, say: Callable[[str], None] = lambda text: None)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def show(demo: Demo) -> None:
-    """Prints the table of a demo."""
-    from . import tables
-
-    tables.show_demo(demo)
-
-
 def _step(model: Path, destination: Path, name: str) -> Step:
     # Names decide here, so that the demo shows the same with and without a host library.
     report = convert(model, destination, name, layers="names")

@@ -24,7 +24,7 @@ class Entry:
 
     `shape` is the logical shape, slowest dimension first. `format` is the full name of the format
     that decodes it, or `None` where none does (integers, unknown types). `dtype` is the element
-    type that decoding gives back; for plain tensors the stored type. `nbytes` counts all stored
+    type that decoding gives back; for plain tensors and GGUF blocks the stored type. `nbytes` counts all stored
     arrays, `parts`, of the tensor; `file` is the path of the file that holds it.
     """
 
@@ -44,8 +44,8 @@ class Entry:
 
     @property
     def is_float(self) -> bool:
-        """Whether decoding gives floating point numbers of a type that formats encode."""
-        return self.dtype in FLOATS
+        """Whether the tensor holds floating point numbers that a format encodes."""
+        return self.format is not None or self.dtype in FLOATS
 
     @property
     def bits_per_weight(self) -> float:

@@ -185,5 +185,5 @@ def architecture(config: Mapping[str, Any] | None) -> str:
         name = config["model_type"]
     else:
         name = str(config.get("_class_name", "unknown"))
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+        name = re.sub(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name)
     return re.sub(r"[^a-z0-9_]", "_", name.lower()) or "unknown"

@@ -69,14 +69,14 @@ class Overrides:
                 chosen = chosen or rule
         if self.only:
             hits = [pattern for pattern in self.only if pattern.search(name)]
-            self._used.update(f"only {pattern.pattern}" for pattern in hits)
+            self._used.update(f"--only {pattern.pattern}" for pattern in hits)
             if chosen is None and not hits:
                 return Rule(self.only[0], COPY, "no --only pattern matches it", "only")
         return chosen
 
     def unused(self) -> list[str]:
         """One sentence for each pattern that has matched no tensor so far."""
-        origins = [rule.origin for rule in self.rules] + [f"only {pattern.pattern}" for pattern in self.only]
+        origins = [rule.origin for rule in self.rules] + [f"--only {pattern.pattern}" for pattern in self.only]
         return [f"{origin} matches no tensor" for origin in dict.fromkeys(origins) if origin not in self._used]
 
 

@@ -95,7 +95,9 @@ class ErrorStatistics(Report):
         """The statistics of a native report; `None` where nothing was measured."""
         if value is None:
             return None
-        return cls(**{item.name: value[item.name] for item in fields(cls)})
+        # JSON has no NaN: a sum over weights that are not finite comes as null.
+        sums: dict[str, Any] = {key: math.nan if found is None else found for key, found in value.items()}
+        return cls(**{item.name: sums[item.name] for item in fields(cls)})
 
 
 NO_ERROR = ErrorStatistics(0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -125,10 +127,10 @@ class TensorReport(Report):
 
 @dataclass(frozen=True)
 class FileReport(Report):
-    """One file of the result, with its path inside the destination."""
+    """One file and its path. `bytes` is `None` where the size is not known yet (the index of a plan)."""
 
     path: str
-    bytes: int
+    bytes: int | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""What stands beside the weights: configs and GGUF key-value pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from weightpack import model_config
+from weightpack.entry import Entry, Part
+from weightpack.errors import ConfigError, UnsupportedError
+from weightpack.rules import Decision
+
+HERE = Path("models/one")
+
+
+def weight(dtype: str = "BF16", name: str = "a.weight", shape: tuple[int, ...] = (64, 64)) -> Entry:
+    return Entry(name, shape, dtype, dtype.lower(), 8192, 4096, (Part(name, dtype, shape, 8192),))
+
+
+def packed(name: str, **params: object) -> Decision:
+    return Decision(weight(), name, "linear layer", params)
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+@pytest.mark.parametrize(
+    ("decision", "arguments"),
+    [
+        (packed("bitsandbytes:nf4"), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        (packed("bitsandbytes:fp4"), {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+        (
+            packed("bitsandbytes:nf4", double_quant=True),
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        ),
+        (packed("bitsandbytes:int8"), {"load_in_8bit": True}),
+    ],
+)
+def test_the_section_is_what_the_host_writes(peer, library, decision, arguments):
+    peer("bitsandbytes")
+    if "load_in_4bit" in arguments:
+        arguments = {**arguments, "bnb_4bit_compute_dtype": "bfloat16"}
+    config = peer(library).BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **arguments)
+    theirs = json.loads(json.dumps(config.to_dict()))
+    ours = model_config.quantization_config([decision], ["lm_head"], "bfloat16")
+    assert ours == theirs
+    assert list(ours) == sorted(ours)
+
+
+def test_no_section_without_packed_weights():
+    assert model_config.quantization_config([Decision(weight(), "copy", "kept")], [], "bfloat16") is None
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
+def test_layers_compute_in_the_type_of_the_source(dtype, expected):
+    assert model_config.compute_dtype(None, [weight(dtype)]) == expected
+    assert model_config.compute_dtype("torch.float16", [weight(dtype)]) == "float16"
+    assert model_config.compute_dtype("f32", [weight(dtype)]) == "float32"
+    with pytest.raises(ConfigError, match='compute_dtype "int8"'):
+        model_config.compute_dtype("int8", [])
+
+
+def test_the_rest_of_a_config_stays():
+    source = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "zz": [1, {"a": None}]}
+    text = model_config.config_text(source, {"quant_method": "bitsandbytes"}, None, HERE)
+    assert json.loads(text) == {**source, "quantization_config": {"quant_method": "bitsandbytes"}}
+    assert list(json.loads(text)) == [*source, "quantization_config"]
+    assert text.endswith("}\n")
+
+
+def test_diffusers_configs_are_sorted():
+    text = model_config.config_text({"b": 1, "_class_name": "X", "a": 2}, {"quant_method": "bitsandbytes"}, None, HERE)
+    assert list(json.loads(text)) == ["_class_name", "a", "b", "quantization_config"]
+
+
+def test_a_cast_changes_the_type_and_drops_the_section():
+    source = {"torch_dtype": "float32", "quantization_config": {"quant_method": "bitsandbytes"}, "text_config": {}}
+    source["text_config"] = {"dtype": "float32", "quantization_config": {"quant_method": "bitsandbytes"}}
+    text = model_config.config_text(source, None, "bf16", HERE)
+    assert json.loads(text) == {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}
+    assert source["torch_dtype"] == "float32"
+    assert source["text_config"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [("meta-llama/Llama-3.1-8B", True), ("gpt2", True), ("/home/me/model", False), ("./model", False),
+     ("C:\\models\\x", False), ("~/x", False), ("models/one/two", False), ("", False)],
+)  # fmt: skip
+def test_local_paths_do_not_get_out(name, stays):
+    text = model_config.config_text({"_name_or_path": name}, None, None, HERE)
+    assert ("_name_or_path" in json.loads(text)) is stays
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "torchao", "quanto", "compressed-tensors", None])
+def test_sources_packed_by_others_are_refused(method):
+    with pytest.raises(UnsupportedError, match=f'packed by "{method}"'):
+        model_config.source_method({"quantization_config": {"quant_method": method}})
+    with pytest.raises(UnsupportedError):
+        model_config.source_method({"text_config": {"quantization_config": {"quant_method": method}}})
+
+
+def test_sources_packed_by_bitsandbytes():
+    assert model_config.source_method({"quantization_config": {"quant_method": "bitsandbytes"}}) == "bitsandbytes"
+    assert model_config.source_method({"quantization_config": {"load_in_4bit": True}}) == "bitsandbytes"
+    assert model_config.source_method({"quantization_config": None}) is None
+    assert model_config.source_method(None) is None
+
+
+def test_gguf_pairs():
+    decisions = [packed("gguf:q8_0"), Decision(weight(name="n", shape=(64,)), "f32", "norm")]
+    pairs = model_config.gguf_metadata(decisions, {"model_type": "llama"}, "small")
+    assert pairs == [
+        ("general.architecture", "str", "llama"),
+        ("general.name", "str", "small"),
+        ("general.file_type", "u32", 7),
+        ("general.quantization_version", "u32", 2),
+        ("weightpack.source_dtype", "str", "bf16"),
+    ]
+
+
+def test_file_types_are_those_of_gguf(peer):
+    enum = peer("gguf").LlamaFileType
+    names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+    for name, number in model_config.FILE_TYPES.items():
+        theirs = names.get(name) or f"MOSTLY_{name.partition(':')[2].upper()}"
+        match = [member for member in enum if member.name in (theirs, f"{theirs}_M")]
+        assert [member.value for member in match] == [number], name
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "qwen2_moe"}, "qwen2_moe"),
+        ({"model_type": "gpt-neo"}, "gpt_neo"),
+        ({"_class_name": "FluxTransformer2DModel"}, "flux_transformer_2d_model"),
+        ({"_class_name": "UNet2DConditionModel"}, "u_net_2d_condition_model"),
+        ({}, "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_architecture(config, name):
+    assert model_config.architecture(config) == name
