@@ -3,7 +3,7 @@
 //! | part | does |
 //! |---|---|
 //! | [`checkpoint`] | opens files and finds the logical tensors in them |
-//! | [`request`], [`plan`] | what is asked for; everything that will be written, from headers alone |
+//! | [`request`], [`plan`], `assign`, `memory`, `identity` | what is asked for; everything that will be written, from headers alone |
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | `slab` | decode, encode and measure a slab while it is in cache |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
@@ -11,11 +11,15 @@
 //! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
 
 pub mod array;
+mod assign;
 pub mod checkpoint;
 pub mod compare;
+mod describe;
 mod extra;
+mod identity;
 mod journal;
 mod keeper;
+mod memory;
 mod metadata;
 mod pieces;
 pub mod plan;

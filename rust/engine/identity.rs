@@ -1,0 +1,60 @@
+//! What makes two conversions the same one.
+
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::Result;
+use crate::io::Source;
+
+use super::checkpoint::Checkpoint;
+use super::request::Request;
+
+/// Hash of all that decides the output bytes: what is asked for, and the sources' own headers.
+pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<String> {
+    let mut hash = Xxh3::new();
+    let mut feed = |text: &str| {
+        hash.update(&(text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    };
+    for output in &request.outputs {
+        feed(&format!(
+            "{} {} {} {:?} {:?}",
+            output.container, output.folder, output.stem, output.max_shard_bytes, output.metadata
+        ));
+        for tensor in &output.tensors {
+            feed(&format!(
+                "{} {} {} {} {:?}",
+                tensor.checkpoint, tensor.name, tensor.target, tensor.format, tensor.params
+            ));
+        }
+    }
+    for extra in &request.files {
+        feed(&extra.path);
+        feed(extra.text.as_deref().unwrap_or(""));
+    }
+    for checkpoint in checkpoints {
+        for file in &checkpoint.files {
+            for entry in &file.header.entries {
+                feed(&format!(
+                    "{} {} {:?} {}",
+                    entry.name, entry.dtype, entry.shape, entry.offset
+                ));
+            }
+        }
+    }
+    Ok(format!("{:032x}", hash.digest128()))
+}
+
+/// Hash of the source files' paths, sizes and times: a journal only speaks of these.
+pub fn source_state(checkpoints: &[Arc<Checkpoint>]) -> String {
+    let mut hash = Xxh3::new();
+    for checkpoint in checkpoints {
+        for file in &checkpoint.files {
+            hash.update(file.source.path().to_string_lossy().as_bytes());
+            hash.update(&file.source.len().to_le_bytes());
+            hash.update(&file.source.identity().to_bytes());
+        }
+    }
+    format!("{:032x}", hash.digest128())
+}
