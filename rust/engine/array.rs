@@ -9,8 +9,10 @@ use std::ops::Range;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Format, Layout, NonFinite, MAX_PARTS};
+use crate::formats::{self, Format, Layout, MAX_PARTS};
 use crate::shape;
+
+use super::slab::refuse_nonfinite;
 
 /// Weights of a tile, rounded up to a whole number of units: small enough for the second cache.
 const TILE_WEIGHTS: u64 = 16 * 1024;
@@ -46,11 +48,7 @@ pub fn encode_array(
         dtype,
         weight_bytes: dtype.alignment(),
         data,
-        takes_nonfinite: match format.nonfinite() {
-            NonFinite::Stored => true,
-            NonFinite::OnRequest => options.keep_nonfinite,
-            NonFinite::Refused => false,
-        },
+        keep_nonfinite: options.keep_nonfinite,
     };
     let runs = cut(layout, options.threads);
     let mut statistics = Vec::new();
@@ -177,7 +175,7 @@ struct Source<'a> {
     dtype: Dtype,
     weight_bytes: u64,
     data: &'a [u8],
-    takes_nonfinite: bool,
+    keep_nonfinite: bool,
 }
 
 impl Source<'_> {
@@ -194,16 +192,7 @@ impl Source<'_> {
             let range = tile.start * self.weight_bytes..tile.end * self.weight_bytes;
             let to_odd = self.format.rounds_to_16_bits();
             float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
-            if !self.takes_nonfinite {
-                if let Some(index) = formats::first_nonfinite(weights) {
-                    return Err(Error::format(format!(
-                        "{}: weight at index {} is {}",
-                        self.format.info().name,
-                        tile.start + index as u64,
-                        weights[index]
-                    )));
-                }
-            }
+            refuse_nonfinite(self.format, tile.start, weights, self.keep_nonfinite)?;
             work(tile.start, weights)?;
         }
         Ok(())

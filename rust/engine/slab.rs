@@ -210,22 +210,7 @@ impl Task<'_> {
         let x = resize_weights(weights, tile.end - tile.start)?;
         let parts = parts(self.source.layout, input, slab, tile)?;
         decode_for(self.source, self.target.format, tile.start, &parts, x)?;
-        let refused = match self.target.format.nonfinite() {
-            NonFinite::Stored => false,
-            NonFinite::OnRequest => !self.keep_nonfinite,
-            NonFinite::Refused => true,
-        };
-        if refused {
-            if let Some(index) = formats::first_nonfinite(x) {
-                let value = x.get(index).copied().unwrap_or(f32::NAN);
-                return Err(Error::format(format!(
-                    "{}: weight {} is {value}, which cannot be quantized",
-                    self.target.format.info().name,
-                    tile.start + index as u64
-                ))
-                .hint("keep the tensor in source precision (--keep), or pass it through where the format can (--on-nonfinite keep)"));
-            }
-        }
+        refuse_nonfinite(self.target.format, tile.start, x, self.keep_nonfinite)?;
         Ok(x)
     }
 
@@ -289,6 +274,31 @@ impl Task<'_> {
         }
         Ok(sums)
     }
+}
+
+/// Refuses weights that are not finite, unless `format` stores them as they are, or has a way to and
+/// the caller asks for it with `keep`. `first` is the index of the first weight in the tensor.
+pub fn refuse_nonfinite(
+    format: &dyn Format,
+    first: u64,
+    weights: &[f32],
+    keep: bool,
+) -> Result<()> {
+    match format.nonfinite() {
+        NonFinite::Stored => return Ok(()),
+        NonFinite::OnRequest if keep => return Ok(()),
+        NonFinite::OnRequest | NonFinite::Refused => {}
+    }
+    let Some(index) = formats::first_nonfinite(weights) else {
+        return Ok(());
+    };
+    let value = weights.get(index).copied().unwrap_or(f32::NAN);
+    let refusal = Error::format(format!(
+        "{}: weight {} is {value}, which cannot be quantized",
+        format.info().name,
+        first + index as u64
+    ));
+    Err(refusal.hint("keep the tensor in source precision (--keep), or pass it through where the format can (--on-nonfinite keep)"))
 }
 
 /// Decodes one tile for a target: 64-bit sources are rounded to odd where the target rounds once
