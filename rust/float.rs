@@ -19,6 +19,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::kernels::{self, Level};
 
 /// Widens (or narrows, for F64) `bytes`, elements of type `dtype`, to `weights`. `to_odd` selects
 /// rounding to odd for F64 and changes nothing for the others.
@@ -26,22 +27,15 @@ use crate::error::{Error, Result};
 /// Fails if `dtype` is not one of the four, or if the lengths do not agree.
 pub fn widen(dtype: Dtype, bytes: &[u8], weights: &mut [f32], to_odd: bool) -> Result<()> {
     check(dtype, bytes.len(), weights.len())?;
+    let level = kernels::level();
     match dtype {
         Dtype::F32 => {
             for (weight, bytes) in weights.iter_mut().zip(bytes.as_chunks().0) {
                 *weight = f32::from_le_bytes(*bytes);
             }
         }
-        Dtype::F16 => {
-            for (weight, bytes) in weights.iter_mut().zip(bytes.as_chunks().0) {
-                *weight = f16::from_le_bytes(*bytes).to_f32();
-            }
-        }
-        Dtype::BF16 => {
-            for (weight, bytes) in weights.iter_mut().zip(bytes.as_chunks().0) {
-                *weight = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-            }
-        }
+        Dtype::F16 => widen_f16(level, bytes, weights),
+        Dtype::BF16 => widen_bf16(level, bytes, weights),
         _ => {
             let narrow = if to_odd {
                 f64_to_odd
@@ -61,22 +55,15 @@ pub fn widen(dtype: Dtype, bytes: &[u8], weights: &mut [f32], to_odd: bool) -> R
 /// Fails if `dtype` is not one of the four, or if the lengths do not agree.
 pub fn narrow(dtype: Dtype, weights: &[f32], bytes: &mut [u8]) -> Result<()> {
     check(dtype, bytes.len(), weights.len())?;
+    let level = kernels::level();
     match dtype {
         Dtype::F32 => {
             for (weight, bytes) in weights.iter().zip(bytes.as_chunks_mut().0) {
                 *bytes = weight.to_le_bytes();
             }
         }
-        Dtype::F16 => {
-            for (weight, bytes) in weights.iter().zip(bytes.as_chunks_mut().0) {
-                *bytes = f16::from_f32(*weight).to_le_bytes();
-            }
-        }
-        Dtype::BF16 => {
-            for (weight, bytes) in weights.iter().zip(bytes.as_chunks_mut().0) {
-                *bytes = bf16::from_f32(*weight).to_le_bytes();
-            }
-        }
+        Dtype::F16 => narrow_f16(level, weights, bytes),
+        Dtype::BF16 => narrow_bf16(level, weights, bytes),
         _ => {
             for (weight, bytes) in weights.iter().zip(bytes.as_chunks_mut().0) {
                 *bytes = f64::from(*weight).to_le_bytes();
@@ -84,6 +71,42 @@ pub fn narrow(dtype: Dtype, weights: &[f32], bytes: &mut [u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[doc(hidden)]
+pub fn widen_f16(level: Level, bytes: &[u8], weights: &mut [f32]) {
+    let done = kernels::widen_f16(level, bytes, weights);
+    let halves = bytes[2 * done..].as_chunks().0;
+    for (weight, bytes) in weights[done..].iter_mut().zip(halves) {
+        *weight = f16::from_le_bytes(*bytes).to_f32();
+    }
+}
+
+#[doc(hidden)]
+pub fn widen_bf16(level: Level, bytes: &[u8], weights: &mut [f32]) {
+    let done = kernels::widen_bf16(level, bytes, weights);
+    let brains = bytes[2 * done..].as_chunks().0;
+    for (weight, bytes) in weights[done..].iter_mut().zip(brains) {
+        *weight = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+    }
+}
+
+#[doc(hidden)]
+pub fn narrow_f16(level: Level, weights: &[f32], bytes: &mut [u8]) {
+    let done = kernels::narrow_f16(level, weights, bytes);
+    let halves = bytes[2 * done..].as_chunks_mut().0;
+    for (weight, bytes) in weights[done..].iter().zip(halves) {
+        *bytes = f16::from_f32(*weight).to_le_bytes();
+    }
+}
+
+#[doc(hidden)]
+pub fn narrow_bf16(level: Level, weights: &[f32], bytes: &mut [u8]) {
+    let done = kernels::narrow_bf16(level, weights, bytes);
+    let brains = bytes[2 * done..].as_chunks_mut().0;
+    for (weight, bytes) in weights[done..].iter().zip(brains) {
+        *bytes = bf16::from_f32(*weight).to_le_bytes();
+    }
 }
 
 /// `weight` rounded to F16 and back, as a library does that casts to half precision first.

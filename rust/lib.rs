@@ -6,8 +6,9 @@
 //! | module | holds |
 //! |---|---|
 //! | [`error`], [`dtype`], [`shape`] | the one error enum, the one type table, checked size arithmetic |
+//! | [`bits`], [`codebook`] | bit packing, the fixed tables of 4-bit and 8-bit codes |
 //! | `kernels` | SIMD versions of the inner loops, chosen once at run time |
-//! | [`float`], [`bits`], [`codebook`] | half floats, bit packing, the fixed tables of 4-bit and 8-bit codes |
+//! | [`float`] | conversions between stored floats and `f32` |
 //! | [`formats`] | numeric layouts: what is stored for a tensor, and how to encode and decode it |
 //! | [`io`] | containers: safetensors and GGUF files, shard indexes |
 //! | [`engine`] | plan, run, finish: a checkpoint in, a packed checkpoint out |

@@ -14,8 +14,8 @@ use crate::shape;
 
 use super::slab::refuse_nonfinite;
 
-/// Weights of a tile, rounded up to a whole number of units: small enough for the second cache.
-const TILE_WEIGHTS: u64 = 16 * 1024;
+/// Weights of a tile, rounded up to a whole number of units: small enough for the nearest cache.
+const TILE_WEIGHTS: u64 = 4 * 1024;
 /// Fewer weights than this are not worth a thread of their own.
 const LEAST_WEIGHTS_PER_THREAD: u64 = 256 * 1024;
 

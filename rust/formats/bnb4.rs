@@ -340,8 +340,10 @@ impl Format for Bnb4 {
 
 /// absmax of each block of `weights`, as stored. Bits of magnitudes have the order of their values,
 /// with infinity and NaN on top.
-pub(crate) fn measure(_level: Level, size: usize, weights: &[f32], absmax: &mut [[u8; 4]]) {
-    for (block, absmax) in weights.chunks(size).zip(absmax) {
+pub fn measure(level: Level, size: usize, weights: &[f32], absmax: &mut [[u8; 4]]) {
+    let done = kernels::measure_4bit(level, size, weights, absmax);
+    let blocks = weights[done * size..].chunks(size);
+    for (block, absmax) in blocks.zip(&mut absmax[done..]) {
         let most = block
             .iter()
             .fold(0, |most, weight| (weight.to_bits() & 0x7fff_ffff).max(most));
@@ -354,16 +356,18 @@ pub(crate) fn measure(_level: Level, size: usize, weights: &[f32], absmax: &mut 
 }
 
 /// Codes of `weights`, given absmax as [`measure`] stores it.
-pub(crate) fn encode(
-    _level: Level,
+pub fn encode(
+    level: Level,
     codebook: &Codebook,
     size: usize,
     weights: &[f32],
     absmax: &[[u8; 4]],
     codes: &mut [u8],
 ) {
-    let blocks = weights.chunks(size).zip(codes.chunks_mut(size / 2));
-    for ((block, codes), absmax) in blocks.zip(absmax) {
+    let done = kernels::encode_4bit(level, codebook, LEAST_ABSMAX, size, weights, absmax, codes);
+    let blocks = weights[done * size..].chunks(size);
+    let codes = codes[done * size / 2..].chunks_mut(size / 2);
+    for ((block, codes), absmax) in blocks.zip(codes).zip(&absmax[done..]) {
         let absmax = at_least(f32::from_le_bytes(*absmax));
         let scale = 1.0 / absmax;
         let short = block.len() < size;
@@ -384,16 +388,18 @@ pub(crate) fn encode(
 }
 
 /// Weights of `codes`, given the absmax of each block.
-pub(crate) fn decode(
-    _level: Level,
+pub fn decode(
+    level: Level,
     codebook: &Codebook,
     size: usize,
     codes: &[u8],
     absmax: &[[u8; 4]],
     weights: &mut [f32],
 ) {
-    let blocks = weights.chunks_mut(size).zip(codes.chunks(size / 2));
-    for ((block, codes), absmax) in blocks.zip(absmax) {
+    let done = kernels::decode_4bit(level, &codebook.values, size, codes, absmax, weights);
+    let blocks = weights[done * size..].chunks_mut(size);
+    let codes = codes[done * size / 2..].chunks(size / 2);
+    for ((block, codes), absmax) in blocks.zip(codes).zip(&absmax[done..]) {
         let absmax = f32::from_le_bytes(*absmax);
         for (pair, byte) in block.chunks_mut(2).zip(codes) {
             for (weight, code) in pair.iter_mut().zip([byte >> 4, byte & 15]) {

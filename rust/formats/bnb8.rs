@@ -156,24 +156,27 @@ impl Format for Bnb8 {
 
 /// Encodes one row and gives the largest magnitude after rounding to f16. If that is not finite,
 /// the codes mean nothing.
-pub(crate) fn encode_row(_level: Level, weights: &[f32], codes: &mut [u8]) -> f32 {
+pub fn encode_row(level: Level, weights: &[f32], codes: &mut [u8]) -> f32 {
     // Bits of magnitudes have the order of their values, with infinity and NaN on top.
-    let most = weights.iter().fold(0, |most, &weight| {
+    let (done, most) = kernels::most_f16(level, weights);
+    let most = weights[done..].iter().fold(most, |most, &weight| {
         (float::through_f16(weight).to_bits() & 0x7fff_ffff).max(most)
     });
     let most = f32::from_bits(most);
     // The peer divides 127 by a tensor, which torch does by way of the reciprocal.
     let scale = if most == 0.0 { 0.0 } else { 1.0 / most * 127.0 };
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        let code_value = (float::through_f16(weight) * scale).round_ties_even();
-        *code = (code_value as i8).cast_unsigned();
+    let done = kernels::encode_int8(level, scale, weights, codes);
+    for (code, &weight) in codes[done..].iter_mut().zip(&weights[done..]) {
+        let rounded = (float::through_f16(weight) * scale).round_ties_even();
+        *code = (rounded as i8).cast_unsigned();
     }
     most
 }
 
 /// Decodes one row.
-pub(crate) fn decode_row(_level: Level, codes: &[u8], scale: f32, weights: &mut [f32]) {
-    for (weight, &code) in weights.iter_mut().zip(codes) {
+pub fn decode_row(level: Level, codes: &[u8], scale: f32, weights: &mut [f32]) {
+    let done = kernels::decode_int8(level, codes, scale, ONE_127TH, weights);
+    for (weight, &code) in weights[done..].iter_mut().zip(&codes[done..]) {
         *weight = f32::from(code.cast_signed()) * scale * ONE_127TH;
     }
 }

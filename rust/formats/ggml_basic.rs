@@ -41,7 +41,7 @@ use half::f16;
 use super::blocks::{Block, Blocks};
 use super::{Exactness, Info};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// Weights per block.
 const WEIGHTS: usize = 32;
@@ -83,8 +83,9 @@ impl Block for Q4_0 {
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 2 + HALF;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<{ Self::BYTES }>(weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q4_0(level, weights, blocks);
+        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights) / -8.0;
             put_half(block, 0, d);
             let codes = codes(weights, 0.0, reciprocal(d), 8.5, 15);
@@ -92,8 +93,9 @@ impl Block for Q4_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<{ Self::BYTES }>(blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q4_0(level, blocks, weights);
+        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             let codes = nibbles_at(block, 2);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -109,8 +111,9 @@ impl Block for Q4_1 {
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 4 + HALF;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<{ Self::BYTES }>(weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q4_1(level, weights, blocks);
+        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
             let (least, most) = range(weights);
             let d = (most - least) / 15.0;
             put_half(block, 0, d);
@@ -120,8 +123,9 @@ impl Block for Q4_1 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<{ Self::BYTES }>(blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q4_1(level, blocks, weights);
+        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
             let (d, m) = (half_at(block, 0), half_at(block, 2));
             let codes = nibbles_at(block, 4);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -137,8 +141,9 @@ impl Block for Q5_0 {
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 6 + HALF;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<{ Self::BYTES }>(weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q5_0(level, weights, blocks);
+        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights) / -16.0;
             put_half(block, 0, d);
             let codes = codes(weights, 0.0, reciprocal(d), 16.5, 31);
@@ -147,8 +152,9 @@ impl Block for Q5_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<{ Self::BYTES }>(blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q5_0(level, blocks, weights);
+        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             let codes = with_high_bits(nibbles_at(block, 6), block, 2);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -164,8 +170,9 @@ impl Block for Q5_1 {
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 8 + HALF;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<{ Self::BYTES }>(weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q5_1(level, weights, blocks);
+        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
             let (least, most) = range(weights);
             let d = (most - least) / 31.0;
             put_half(block, 0, d);
@@ -176,8 +183,9 @@ impl Block for Q5_1 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<{ Self::BYTES }>(blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q5_1(level, blocks, weights);
+        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
             let (d, m) = (half_at(block, 0), half_at(block, 2));
             let codes = with_high_bits(nibbles_at(block, 8), block, 4);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -193,8 +201,9 @@ impl Block for Q8_0 {
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 2 + WEIGHTS;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<{ Self::BYTES }>(weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q8_0(level, weights, blocks);
+        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights).abs() / 127.0;
             put_half(block, 0, d);
             let scale = reciprocal(d);
@@ -205,8 +214,9 @@ impl Block for Q8_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<{ Self::BYTES }>(blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q8_0(level, blocks, weights);
+        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (weight, &byte) in weights.iter_mut().zip(&block[2..]) {
                 *weight = f32::from(byte.cast_signed()) * d;
@@ -215,22 +225,38 @@ impl Block for Q8_0 {
     }
 }
 
+/// Encodes all blocks but the first `done`.
 fn for_each_encoded<const BYTES: usize>(
+    done: usize,
     weights: &[f32],
     blocks: &mut [u8],
     encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]),
 ) {
-    for (weights, block) in weights.as_chunks().0.iter().zip(blocks.as_chunks_mut().0) {
+    for (weights, block) in weights
+        .as_chunks()
+        .0
+        .iter()
+        .zip(blocks.as_chunks_mut().0)
+        .skip(done)
+    {
         encode(weights, block);
     }
 }
 
+/// Decodes all blocks but the first `done`.
 fn for_each_decoded<const BYTES: usize>(
+    done: usize,
     blocks: &[u8],
     weights: &mut [f32],
     decode: impl Fn(&[u8; BYTES], &mut [f32; WEIGHTS]),
 ) {
-    for (block, weights) in blocks.as_chunks().0.iter().zip(weights.as_chunks_mut().0) {
+    for (block, weights) in blocks
+        .as_chunks()
+        .0
+        .iter()
+        .zip(weights.as_chunks_mut().0)
+        .skip(done)
+    {
         decode(block, weights);
     }
 }

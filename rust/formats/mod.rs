@@ -13,9 +13,12 @@
 //! [`FORMATS`] is the only list of formats.
 
 mod blocks;
-mod bnb4;
-mod bnb8;
-mod ggml_basic;
+#[doc(hidden)]
+pub mod bnb4;
+#[doc(hidden)]
+pub mod bnb8;
+#[doc(hidden)]
+pub mod ggml_basic;
 mod plain;
 
 use std::borrow::Cow;

@@ -1,14 +1,20 @@
 //! The inner loops: which instruction set runs them, and the loops that no format owns.
 //!
 //! The scalar body of a loop is its definition. It stands where the loop belongs (a format, a
-//! cast) and reads like the formula. Modules here hold second versions for one instruction set
-//! each, under the same name; they give the same bits, which `tests.rs` stamps out for every
-//! level, and they exist only where they are measurably faster.
+//! cast) and reads like the formula. It first offers its work to the function of the same name
+//! here, which does as much of it as a faster version can, and says how much that was: nothing at
+//! the scalar level, all but a tail that does not fill a vector otherwise. What a faster version
+//! does is bit-identical (no fused multiply-add, no other order of operations), which `tests.rs`
+//! stamps out for every level; one exists only where it measures at least 1.3 times as fast.
 //!
 //! The level is detected once per process, by asking for every feature that its modules use. The
-//! Cargo feature `scalar` leaves the scalar bodies only. There are versions for x86-64; other
-//! processors run the scalar bodies, which the compiler vectorises for them.
+//! Cargo feature `scalar` leaves the scalar bodies only. There are faster versions for x86-64;
+//! other processors run the scalar bodies, as the compiler vectorises them.
 
+#[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+mod avx2;
+#[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+mod avx512;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -23,8 +29,12 @@ use std::sync::OnceLock;
 pub struct Level(Tier);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Tier {
+enum Tier {
     Scalar,
+    #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+    Avx2,
+    #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+    Avx512,
 }
 
 impl Level {
@@ -33,13 +43,33 @@ impl Level {
 
     /// Every level of this processor, slowest first.
     pub fn available() -> Vec<Level> {
-        vec![Level::SCALAR]
+        #[allow(unused_mut)]
+        let mut levels = vec![Level::SCALAR];
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("fma")
+        {
+            levels.push(Level(Tier::Avx2));
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                levels.push(Level(Tier::Avx512));
+            }
+        }
+        levels
     }
 
     /// `scalar`, `avx2` or `avx512`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Tier::Scalar => "scalar",
+            #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+            Tier::Avx2 => "avx2",
+            #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+            Tier::Avx512 => "avx512",
         }
     }
 }
@@ -48,4 +78,83 @@ impl Level {
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| Level::available().pop().unwrap_or(Level::SCALAR))
+}
+
+/// Defines the functions that scalar bodies offer their work to. After the name stand the modules
+/// that have a version: for AVX2, and for AVX-512 (where the AVX2 version may serve as well).
+macro_rules! offers {
+    ($(
+        $(#[$doc:meta])*
+        fn $name:ident [$avx2:ident $avx512:ident] ($($arg:ident: $type:ty),* $(,)?)
+            -> $done:ty = $none:expr;
+    )*) => {$(
+        $(#[$doc])*
+        #[allow(unused_variables)]
+        pub(crate) fn $name(level: Level, $($arg: $type),*) -> $done {
+            match level.0 {
+                Tier::Scalar => $none,
+                // SAFETY: this level comes from detection only, so the processor has every
+                // feature that the function is compiled for.
+                #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+                Tier::Avx2 => unsafe { $avx2::$name($($arg),*) },
+                // SAFETY: as above; this level includes the features of the one below.
+                #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+                Tier::Avx512 => unsafe { $avx512::$name($($arg),*) },
+            }
+        }
+    )*};
+}
+
+offers! {
+    /// `crate::float::widen` for F16; gives the number of weights done.
+    fn widen_f16 [avx2 avx512] (bytes: &[u8], weights: &mut [f32]) -> usize = 0;
+    /// `crate::float::widen` for BF16; gives the number of weights done.
+    fn widen_bf16 [avx2 avx512] (bytes: &[u8], weights: &mut [f32]) -> usize = 0;
+    /// `crate::float::narrow` for F16; gives the number of weights done.
+    fn narrow_f16 [avx2 avx512] (weights: &[f32], bytes: &mut [u8]) -> usize = 0;
+    /// `crate::float::narrow` for BF16; gives the number of weights done.
+    fn narrow_bf16 [avx2 avx512] (weights: &[f32], bytes: &mut [u8]) -> usize = 0;
+    /// Number of weights at the front that were looked at and are finite.
+    fn finite_prefix [avx2 avx512] (weights: &[f32]) -> usize = 0;
+    /// Adds error sums lane by lane; gives the number of weights done, a multiple of the lanes.
+    fn error_lanes [avx2 avx512] (x: &[f32], y: &[f32], lanes: &mut sums::Lanes) -> usize = 0;
+    /// Largest magnitude of whole blocks of 4-bit weights; gives the number of blocks done.
+    fn measure_4bit [avx2 avx2] (size: usize, weights: &[f32], absmax: &mut [[u8; 4]])
+        -> usize = 0;
+    /// Codes of whole blocks of 4-bit weights; gives the number of blocks done. `absmax` is at
+    /// least `least` before it is divided by.
+    fn encode_4bit [avx2 avx512] (
+        codebook: &crate::codebook::Codebook,
+        least: f32,
+        size: usize,
+        weights: &[f32],
+        absmax: &[[u8; 4]],
+        codes: &mut [u8],
+    ) -> usize = 0;
+    /// Weights of whole blocks of 4-bit codes; gives the number of blocks done.
+    fn decode_4bit [avx2 avx512] (
+        values: &[f32; 16],
+        size: usize,
+        codes: &[u8],
+        absmax: &[[u8; 4]],
+        weights: &mut [f32],
+    ) -> usize = 0;
+    /// Number of weights done, and bits of their largest magnitude after rounding to F16.
+    fn most_f16 [avx2 avx512] (weights: &[f32]) -> (usize, u32) = (0, 0);
+    /// Codes of an int8 row, given the scale; gives the number of weights done.
+    fn encode_int8 [avx2 avx512] (scale: f32, weights: &[f32], codes: &mut [u8]) -> usize = 0;
+    /// Weights of an int8 row: (code·scale)·factor; gives the number of weights done.
+    fn decode_int8 [avx2 avx512] (codes: &[u8], scale: f32, factor: f32, weights: &mut [f32])
+        -> usize = 0;
+    /// Q4_0 blocks; gives the number of blocks done, as all below.
+    fn encode_q4_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q4_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q4_1 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q4_1 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q5_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q5_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q5_1 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q5_1 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q8_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q8_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
 }

@@ -53,16 +53,11 @@ pub(super) type Lanes = [[f64; LANES]; 5];
 pub fn error_sums(level: Level, x: &[f32], y: &[f32]) -> ErrorSums {
     let count = x.len().min(y.len());
     let (x, y) = (&x[..count], &y[..count]);
-    let whole = count - count % LANES;
-    let _ = level;
     let mut lanes: Lanes = [[0.0; LANES]; 5];
-    for (x, y) in x[..whole]
-        .chunks_exact(LANES)
-        .zip(y[..whole].chunks_exact(LANES))
-    {
+    let done = super::error_lanes(level, x, y, &mut lanes);
+    for (x, y) in x[done..].chunks(LANES).zip(y[done..].chunks(LANES)) {
         add(&mut lanes, x, y);
     }
-    add(&mut lanes, &x[whole..], &y[whole..]);
     let [signal, noise, cross, power, errors] = lanes;
     let total = |lanes: [f64; LANES]| lanes.iter().sum();
     ErrorSums {
@@ -90,20 +85,17 @@ fn add(lanes: &mut Lanes, x: &[f32], y: &[f32]) {
 
 /// Index of the first weight that is infinite or NaN.
 pub fn first_nonfinite(level: Level, weights: &[f32]) -> Option<usize> {
-    let _ = level;
+    let mut done = super::finite_prefix(level, weights);
     // Looked for in runs without an early exit inside, which the compiler vectorises.
-    const RUN: usize = 256;
-    weights
-        .chunks(RUN)
-        .position(|run| {
-            !run.iter()
-                .fold(true, |all, weight| all & weight.is_finite())
-        })
-        .and_then(|run| {
-            let start = run * RUN;
-            weights[start..]
-                .iter()
-                .position(|weight| !weight.is_finite())
-                .map(|index| start + index)
-        })
+    for run in weights[done..].chunks(256) {
+        if !run
+            .iter()
+            .fold(true, |all, weight| all & weight.is_finite())
+        {
+            let index = run.iter().position(|weight| !weight.is_finite())?;
+            return Some(done + index);
+        }
+        done += run.len();
+    }
+    None
 }

@@ -1,1 +1,361 @@
-//! Every level gives the same bits as the scalar body.
+//! Every level gives the same bits as the scalar body: one test per kernel and level, over all
+//! block sizes, tails, unaligned slices and special numbers.
+
+use super::{error_sums, first_nonfinite, ErrorSums, Level};
+use crate::codebook::{Codebook, FP4, NF4};
+use crate::float;
+use crate::formats::Block;
+use crate::formats::{bnb4, bnb8, ggml_basic};
+
+/// A small generator of random numbers (xorshift), so that failures repeat.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 32) as u32
+    }
+
+    /// Roughly normal.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| self.next() as f32 / u32::MAX as f32).sum();
+        (sum - 2.0) * 1.7
+    }
+}
+
+/// Weights of every kind that has ever made a difference, `count` of each, one kind per run.
+fn inputs(count: usize) -> Vec<Vec<f32>> {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    type Make<'a> = Box<dyn FnMut(&mut Random, usize) -> f32 + 'a>;
+    let mut fill =
+        |mut make: Make<'_>| -> Vec<f32> { (0..count).map(|i| make(&mut random, i)).collect() };
+    let near = |x: f32, which: u32| [x, x.next_up(), x.next_down()][which as usize % 3];
+    let special = [
+        0.0,
+        -0.0,
+        f32::NAN,
+        -f32::NAN,
+        f32::from_bits(0x7f80_0001),
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::MAX,
+        f32::MIN,
+        f32::MIN_POSITIVE,
+        f32::from_bits(1),
+        -f32::from_bits(0x0040_0000),
+        1.0,
+        -1.0,
+        65504.0,
+        65520.0,
+        1e-38,
+    ];
+    let thresholds: Vec<f32> = [&NF4, &FP4]
+        .iter()
+        .flat_map(|codebook| codebook.thresholds)
+        .flat_map(|t| [t, t.next_up(), t.next_down()])
+        .chain([1.0])
+        .collect();
+    vec![
+        fill(Box::new(|random, _| random.normal() * 0.02)),
+        fill(Box::new(|random, _| f32::from_bits(random.next()))),
+        fill(Box::new(|random, _| {
+            f32::from_bits(random.next() & 0xbfff_ffff)
+        })),
+        fill(Box::new(|_, _| 0.0)),
+        fill(Box::new(|_, _| -0.0)),
+        fill(Box::new(
+            |random, _| if random.next() & 1 == 0 { 0.0 } else { -0.0 },
+        )),
+        // Non-negative and non-positive, with zeros of both signs.
+        fill(Box::new(|random, i| match i % 3 {
+            0 => -0.0,
+            1 => 0.0,
+            _ => random.normal().abs(),
+        })),
+        fill(Box::new(|random, i| match i % 5 {
+            0 => 0.0,
+            1 => -0.0,
+            _ => -random.normal().abs(),
+        })),
+        fill(Box::new(|random, _| {
+            (random.next() % 400) as f32 * 1e-45 - 2e-43
+        })),
+        fill(Box::new(|random, _| random.normal() * 1e38)),
+        fill(Box::new(|random, _| random.normal() * 1e-38)),
+        fill(Box::new(move |random, i| {
+            if i % 41 == 7 {
+                special[random.next() as usize % special.len()]
+            } else {
+                random.normal()
+            }
+        })),
+        fill(Box::new(move |random, _| {
+            special[random.next() as usize % special.len()]
+        })),
+        // Thresholds themselves, in blocks whose largest magnitude is 1.
+        fill(Box::new(move |random, i| match i % 32 {
+            3 => -1.0,
+            _ => thresholds[random.next() as usize % thresholds.len()],
+        })),
+        // Multiples of half a step of every block type, and their neighbours.
+        fill(Box::new(|random, i| match i % 32 {
+            0 => 127.0,
+            1 => -127.0,
+            _ => near((random.next() % 507) as f32 / 2.0 - 126.5, random.next()),
+        })),
+        fill(Box::new(|random, i| match i % 32 {
+            0 => 15.5,
+            1 => -15.5,
+            _ => near((random.next() % 61) as f32 / 2.0 - 15.0, random.next()),
+        })),
+        // The same largest magnitude with both signs.
+        fill(Box::new(
+            |random, _| if random.next() & 1 == 0 { 3.0 } else { -3.0 },
+        )),
+    ]
+}
+
+/// Lengths that leave every kind of tail, and offsets that break every alignment.
+const LENGTHS: [usize; 12] = [0, 1, 7, 8, 9, 15, 31, 33, 64, 127, 300, 1000];
+const OFFSETS: [usize; 3] = [0, 1, 3];
+
+fn bits(weights: &[f32]) -> Vec<u32> {
+    weights.iter().map(|weight| weight.to_bits()).collect()
+}
+
+/// Bits, all NaN being one.
+fn values(weights: &[f32]) -> Vec<u32> {
+    let one = |weight: &f32| {
+        if weight.is_nan() {
+            0x7fc0_0000
+        } else {
+            weight.to_bits()
+        }
+    };
+    weights.iter().map(one).collect()
+}
+
+fn check_casts(level: Level) {
+    for input in inputs(1003) {
+        for length in LENGTHS {
+            for offset in OFFSETS {
+                let weights = &input[offset..offset + length];
+                for (narrow, widen) in [
+                    (
+                        float::narrow_f16 as fn(Level, &[f32], &mut [u8]),
+                        float::widen_f16 as fn(Level, &[u8], &mut [f32]),
+                    ),
+                    (float::narrow_bf16, float::widen_bf16),
+                ] {
+                    let mut expected = vec![0; 2 * length + offset];
+                    let mut got = expected.clone();
+                    narrow(Level::SCALAR, weights, &mut expected[offset..]);
+                    narrow(level, weights, &mut got[offset..]);
+                    assert_eq!(got, expected);
+
+                    // All bit patterns are weights: take the input's own bytes.
+                    let bytes: Vec<u8> = weights.iter().flat_map(|x| x.to_le_bytes()).collect();
+                    let bytes = &bytes[..2 * length];
+                    let mut expected = vec![0.0; length + offset];
+                    let mut got = expected.clone();
+                    widen(Level::SCALAR, bytes, &mut expected[offset..]);
+                    widen(level, bytes, &mut got[offset..]);
+                    assert_eq!(bits(&got), bits(&expected));
+                }
+            }
+        }
+    }
+}
+
+fn check_first_nonfinite(level: Level) {
+    for length in LENGTHS {
+        for offset in OFFSETS {
+            let mut weights = vec![f32::MAX; length + offset];
+            assert_eq!(first_nonfinite(level, &weights[offset..]), None);
+            for at in 0..length {
+                for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    weights[offset + at] = value;
+                    if let Some(last) = weights.last_mut().filter(|last| last.is_finite()) {
+                        *last = f32::NAN;
+                    }
+                    assert_eq!(first_nonfinite(level, &weights[offset..]), Some(at));
+                    weights.fill(-1.0);
+                }
+            }
+        }
+    }
+}
+
+fn check_error_sums(level: Level) {
+    let sums = |s: ErrorSums| {
+        let all = [s.signal, s.noise, s.cross, s.power, s.max_error];
+        (
+            s.weights,
+            all.map(|sum| if sum.is_nan() { 1 } else { sum.to_bits() }),
+        )
+    };
+    let kinds = inputs(1003);
+    for x in &kinds {
+        for y in [&kinds[0], &kinds[1], &kinds[2], &kinds[11]] {
+            for length in LENGTHS {
+                for offset in OFFSETS {
+                    let (x, y) = (&x[offset..offset + length], &y[..length]);
+                    let expected = sums(error_sums(Level::SCALAR, x, y));
+                    assert_eq!(sums(error_sums(level, x, y)), expected);
+                }
+            }
+        }
+    }
+}
+
+fn check_4bit(level: Level, codebook: &Codebook) {
+    for input in inputs(3 * 4096 + 70) {
+        for size in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
+            for length in [0, 1, 31, size - 1, size, 3 * size, 3 * size + 67] {
+                let weights = &input[1..1 + length];
+                let blocks = length.div_ceil(size);
+                let (mut expected, mut got) = (vec![[0; 4]; blocks], vec![[0; 4]; blocks]);
+                bnb4::measure(Level::SCALAR, size, weights, &mut expected);
+                bnb4::measure(level, size, weights, &mut got);
+                assert_eq!(got, expected);
+
+                let absmax = expected;
+                let mut expected = vec![0; length.div_ceil(2) + 1];
+                let mut got = expected.clone();
+                bnb4::encode(
+                    Level::SCALAR,
+                    codebook,
+                    size,
+                    weights,
+                    &absmax,
+                    &mut expected[1..],
+                );
+                bnb4::encode(level, codebook, size, weights, &absmax, &mut got[1..]);
+                assert_eq!(got, expected);
+
+                let codes: Vec<u8> = input.iter().map(|x| (x.to_bits() >> 9) as u8).collect();
+                let codes = &codes[..length.div_ceil(2)];
+                let mut expected = vec![0.0; length + 1];
+                let mut got = expected.clone();
+                bnb4::decode(
+                    Level::SCALAR,
+                    codebook,
+                    size,
+                    codes,
+                    &absmax,
+                    &mut expected[1..],
+                );
+                bnb4::decode(level, codebook, size, codes, &absmax, &mut got[1..]);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
+fn check_int8(level: Level) {
+    for input in inputs(1003) {
+        for length in LENGTHS {
+            for offset in OFFSETS {
+                let weights = &input[offset..offset + length];
+                let mut expected = vec![0; length + offset];
+                let mut got = expected.clone();
+                let most = bnb8::encode_row(Level::SCALAR, weights, &mut expected[offset..]);
+                let same = bnb8::encode_row(level, weights, &mut got[offset..]);
+                assert_eq!(same.to_bits(), most.to_bits());
+                assert_eq!(got, expected);
+
+                let codes: Vec<u8> = weights.iter().map(|x| (x.to_bits() >> 9) as u8).collect();
+                let mut expected = vec![0.0; length + offset];
+                let mut got = expected.clone();
+                bnb8::decode_row(Level::SCALAR, &codes, most, &mut expected[offset..]);
+                bnb8::decode_row(level, &codes, most, &mut got[offset..]);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
+fn check_blocks<B: Block>(level: Level) {
+    for input in inputs(200 * B::WEIGHTS + 1) {
+        for blocks in [0, 1, 2, 3, 200] {
+            for offset in [0, 1] {
+                let weights = &input[offset..offset + blocks * B::WEIGHTS];
+                let mut expected = vec![0; blocks * B::BYTES + offset];
+                let mut got = expected.clone();
+                B::encode(Level::SCALAR, weights, &mut expected[offset..]);
+                B::encode(level, weights, &mut got[offset..]);
+                assert_eq!(got, expected);
+
+                // Blocks that were encoded, and any bytes at all.
+                let any: Vec<u8> = input.iter().flat_map(|x| x.to_le_bytes()).collect();
+                for bytes in [
+                    &expected[offset..],
+                    &any[offset..offset + blocks * B::BYTES],
+                ] {
+                    let mut expected = vec![0.0; blocks * B::WEIGHTS + offset];
+                    let mut got = expected.clone();
+                    B::decode(Level::SCALAR, bytes, &mut expected[offset..]);
+                    B::decode(level, bytes, &mut got[offset..]);
+                    assert_eq!(values(&got), values(&expected));
+                }
+            }
+        }
+    }
+}
+
+/// One module of tests per kernel, one test per level; a level that the processor lacks is named
+/// and passes.
+macro_rules! stamp {
+    ($($kernel:ident: |$level:ident| $check:expr;)*) => {$(
+        mod $kernel {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn at(name: &str) {
+                match Level::available().into_iter().find(|level| level.name() == name) {
+                    Some($level) => $check,
+                    None => println!("this build or processor has no {name}"),
+                }
+            }
+
+            #[test]
+            fn scalar() {
+                at("scalar");
+            }
+
+            #[test]
+            fn avx2() {
+                at("avx2");
+            }
+
+            #[test]
+            fn avx512() {
+                at("avx512");
+            }
+        }
+    )*};
+}
+
+stamp! {
+    casts: |level| check_casts(level);
+    nonfinite: |level| check_first_nonfinite(level);
+    sums: |level| check_error_sums(level);
+    nf4: |level| check_4bit(level, &NF4);
+    fp4: |level| check_4bit(level, &FP4);
+    int8: |level| check_int8(level);
+    q4_0: |level| check_blocks::<ggml_basic::Q4_0>(level);
+    q4_1: |level| check_blocks::<ggml_basic::Q4_1>(level);
+    q5_0: |level| check_blocks::<ggml_basic::Q5_0>(level);
+    q5_1: |level| check_blocks::<ggml_basic::Q5_1>(level);
+    q8_0: |level| check_blocks::<ggml_basic::Q8_0>(level);
+}
+
+#[test]
+fn a_build_with_the_feature_scalar_has_no_other_level() {
+    if cfg!(feature = "scalar") {
+        assert_eq!(Level::available(), [Level::SCALAR]);
+    }
+    assert_eq!(Some(&super::level()), Level::available().last());
+}

@@ -1,0 +1,217 @@
+//! Inner loops, one row per kernel and level, beside a copy of the same weights.
+//!
+//! Works on one tile of 16384 weights, as the engine does: 64 KiB of `f32`, which the second-level
+//! cache holds. Figures are weights per second. Before a row is timed, its result is compared with
+//! that of the scalar body, bit for bit.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::measurement::WallTime;
+use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Throughput};
+use weightpack::codebook::{Codebook, FP4, NF4};
+use weightpack::float;
+use weightpack::formats::{bnb4, bnb8, ggml_basic, Block};
+use weightpack::kernels::{self, Level};
+
+const WEIGHTS: usize = 16 * 1024;
+const ROW: usize = 4096;
+const SIZE: usize = 64;
+
+/// Weights with the spread of a trained layer (a sum of uniform numbers is close to normal).
+fn weights() -> Vec<f32> {
+    let mut state = 1u64;
+    let mut uniform = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..WEIGHTS)
+        .map(|_| (uniform() + uniform() + uniform() + uniform()) * 0.03)
+        .collect()
+}
+
+/// Times `work` at every level, once its output at that level has been found equal.
+fn rows<T: Clone + PartialEq + std::fmt::Debug>(
+    criterion: &mut Criterion,
+    name: &str,
+    out: T,
+    mut work: impl FnMut(Level, &mut T),
+) {
+    let mut group = group(criterion, name);
+    let mut expected = out.clone();
+    work(Level::SCALAR, &mut expected);
+    for level in Level::available() {
+        let mut out = out.clone();
+        work(level, &mut out);
+        assert_eq!(out, expected, "{name} at {}", level.name());
+        group.bench_function(level.name(), |bencher| {
+            bencher.iter(|| work(black_box(level), black_box(&mut out)));
+        });
+    }
+    group.finish();
+}
+
+fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group
+        .throughput(Throughput::Elements(WEIGHTS as u64))
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(500));
+    group
+}
+
+fn casts(criterion: &mut Criterion) {
+    let x = weights();
+    let mut copy = group(criterion, "copy_f32");
+    let mut to = x.clone();
+    copy.bench_function("memcpy", |bencher| {
+        bencher.iter(|| black_box(&mut to).copy_from_slice(black_box(&x)));
+    });
+    copy.finish();
+    let bytes = vec![0u8; 2 * WEIGHTS];
+    rows(criterion, "narrow_bf16", bytes.clone(), |level, out| {
+        float::narrow_bf16(level, &x, out);
+    });
+    rows(criterion, "narrow_f16", bytes.clone(), |level, out| {
+        float::narrow_f16(level, &x, out);
+    });
+    let (mut brains, mut halves) = (bytes.clone(), bytes);
+    float::narrow_bf16(Level::SCALAR, &x, &mut brains);
+    float::narrow_f16(Level::SCALAR, &x, &mut halves);
+    rows(criterion, "widen_bf16", x.clone(), |level, out| {
+        float::widen_bf16(level, &brains, out);
+    });
+    rows(criterion, "widen_f16", x.clone(), |level, out| {
+        float::widen_f16(level, &halves, out);
+    });
+}
+
+fn scans(criterion: &mut Criterion) {
+    let x = weights();
+    let y: Vec<f32> = x.iter().map(|x| x * 1.01).collect();
+    rows(criterion, "first_nonfinite", None, |level, out| {
+        *out = kernels::first_nonfinite(level, &x);
+    });
+    let sums = kernels::error_sums(Level::SCALAR, &x, &y);
+    rows(criterion, "error_sums", sums, |level, out| {
+        *out = kernels::error_sums(level, &x, &y);
+    });
+}
+
+fn bnb_4bit(criterion: &mut Criterion) {
+    let x = weights();
+    let mut absmax = vec![[0u8; 4]; WEIGHTS / SIZE];
+    rows(criterion, "measure_4bit", absmax.clone(), |level, out| {
+        bnb4::measure(level, SIZE, &x, out);
+    });
+    bnb4::measure(Level::SCALAR, SIZE, &x, &mut absmax);
+    let codebooks: [(&str, &Codebook); 2] = [("nf4", &NF4), ("fp4", &FP4)];
+    for (name, codebook) in codebooks {
+        let mut codes = vec![0u8; WEIGHTS / 2];
+        rows(
+            criterion,
+            &format!("encode_{name}"),
+            codes.clone(),
+            |level, out| {
+                bnb4::encode(level, codebook, SIZE, &x, &absmax, out);
+            },
+        );
+        bnb4::encode(Level::SCALAR, codebook, SIZE, &x, &absmax, &mut codes);
+        rows(
+            criterion,
+            &format!("decode_{name}"),
+            x.clone(),
+            |level, out| {
+                bnb4::decode(level, codebook, SIZE, &codes, &absmax, out);
+            },
+        );
+    }
+}
+
+fn bnb_int8(criterion: &mut Criterion) {
+    let x = weights();
+    let encode = |level, out: &mut (Vec<u8>, [f32; WEIGHTS / ROW])| {
+        let rows = x.chunks_exact(ROW).zip(out.0.chunks_exact_mut(ROW));
+        for ((weights, codes), scale) in rows.zip(&mut out.1) {
+            *scale = bnb8::encode_row(level, weights, codes);
+        }
+    };
+    let mut encoded = (vec![0u8; WEIGHTS], [0.0; WEIGHTS / ROW]);
+    rows(criterion, "encode_int8", encoded.clone(), encode);
+    encode(Level::SCALAR, &mut encoded);
+    rows(criterion, "decode_int8", x.clone(), |level, out| {
+        let rows = encoded.0.chunks_exact(ROW).zip(out.chunks_exact_mut(ROW));
+        for ((codes, weights), &scale) in rows.zip(&encoded.1) {
+            bnb8::decode_row(level, codes, scale, weights);
+        }
+    });
+}
+
+fn ggml_block<B: Block>(criterion: &mut Criterion) {
+    let x = weights();
+    let name = B::DTYPE.name().to_lowercase();
+    let mut blocks = vec![0u8; WEIGHTS / B::WEIGHTS * B::BYTES];
+    rows(
+        criterion,
+        &format!("encode_{name}"),
+        blocks.clone(),
+        |level, out| {
+            B::encode(level, &x, out);
+        },
+    );
+    B::encode(Level::SCALAR, &x, &mut blocks);
+    rows(
+        criterion,
+        &format!("decode_{name}"),
+        x.clone(),
+        |level, out| {
+            B::decode(level, &blocks, out);
+        },
+    );
+}
+
+fn ggml(criterion: &mut Criterion) {
+    ggml_block::<ggml_basic::Q4_0>(criterion);
+    ggml_block::<ggml_basic::Q4_1>(criterion);
+    ggml_block::<ggml_basic::Q5_0>(criterion);
+    ggml_block::<ggml_basic::Q5_1>(criterion);
+    ggml_block::<ggml_basic::Q8_0>(criterion);
+}
+
+/// What a conversion does to a tile: widen, encode, decode, compare.
+fn pipeline(criterion: &mut Criterion) {
+    let x = weights();
+    let mut brains = vec![0u8; 2 * WEIGHTS];
+    float::narrow_bf16(Level::SCALAR, &x, &mut brains);
+    let mut absmax = vec![[0u8; 4]; WEIGHTS / SIZE];
+    let mut codes = vec![0u8; WEIGHTS / 2];
+    let (mut wide, mut decoded) = (x.clone(), x.clone());
+    let sums = kernels::error_sums(Level::SCALAR, &x, &x);
+    rows(criterion, "pipeline_bf16_nf4", sums, |level, out| {
+        float::widen_bf16(level, &brains, &mut wide);
+        if kernels::first_nonfinite(level, &wide).is_none() {
+            let runs = wide.chunks(4096).zip(codes.chunks_mut(2048));
+            for ((wide, codes), absmax) in runs.zip(absmax.chunks_mut(4096 / SIZE)) {
+                bnb4::measure(level, SIZE, wide, absmax);
+                bnb4::encode(level, &NF4, SIZE, wide, absmax, codes);
+            }
+        }
+        bnb4::decode(level, &NF4, SIZE, &codes, &absmax, &mut decoded);
+        *out = kernels::error_sums(level, &wide, &decoded);
+    });
+    let mut blocks = vec![0u8; WEIGHTS / 32 * 34];
+    rows(criterion, "pipeline_bf16_q8_0", sums, |level, out| {
+        float::widen_bf16(level, &brains, &mut wide);
+        if kernels::first_nonfinite(level, &wide).is_none() {
+            ggml_basic::Q8_0::encode(level, &wide, &mut blocks);
+        }
+        ggml_basic::Q8_0::decode(level, &blocks, &mut decoded);
+        *out = kernels::error_sums(level, &wide, &decoded);
+    });
+}
+
+criterion_group!(benches, casts, scans, bnb_4bit, bnb_int8, ggml, pipeline);
+criterion_main!(benches);

@@ -1,0 +1,699 @@
+//! Versions for AVX2, with F16C and FMA. Scalar bodies and special cases: see the function that offers
+//! the work.
+//!
+//! Every function here may be called only on a processor that has all three features.
+
+use std::arch::x86_64::*;
+
+use super::sums::Lanes;
+use crate::codebook::Codebook;
+
+/// Bits of a magnitude; bits of infinity.
+const MAGNITUDE: i32 = 0x7fff_ffff;
+const INFINITY: i32 = 0x7f80_0000;
+
+// ---- memory
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(values: &[f32; 8]) -> __m256 {
+    // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(vector: __m256, values: &mut [f32; 8]) {
+    // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
+    unsafe { _mm256_storeu_ps(values.as_mut_ptr(), vector) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bytes(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the reference is to 16 readable bytes; the load takes any alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_bytes(vector: __m128i, bytes: &mut [u8; 16]) {
+    // SAFETY: the reference is to 16 writable bytes; the store takes any alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), vector) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_32_bytes(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_32_bytes(vector: __m256i, bytes: &mut [u8; 32]) {
+    // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), vector) }
+}
+
+/// 32 weights as four vectors.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_block(weights: &[f32; 32]) -> [__m256; 4] {
+    let (vectors, _) = weights.as_chunks();
+    [
+        load(&vectors[0]),
+        load(&vectors[1]),
+        load(&vectors[2]),
+        load(&vectors[3]),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_block(vectors: [__m256; 4], weights: &mut [f32; 32]) {
+    for (vector, weights) in vectors.into_iter().zip(weights.as_chunks_mut().0) {
+        store(vector, weights);
+    }
+}
+
+// ---- casts
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn widen_f16(bytes: &[u8], weights: &mut [f32]) -> usize {
+    let (weights, _) = weights.as_chunks_mut();
+    let (halves, _) = bytes.as_chunks();
+    for (weights, halves) in weights.iter_mut().zip(halves) {
+        store(_mm256_cvtph_ps(load_bytes(halves)), weights);
+    }
+    8 * weights.len()
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn widen_bf16(bytes: &[u8], weights: &mut [f32]) -> usize {
+    let (weights, _) = weights.as_chunks_mut();
+    let (brains, _) = bytes.as_chunks();
+    for (weights, brains) in weights.iter_mut().zip(brains) {
+        let bits = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_bytes(brains)));
+        store(_mm256_castsi256_ps(bits), weights);
+    }
+    8 * weights.len()
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn narrow_f16(weights: &[f32], bytes: &mut [u8]) -> usize {
+    let (weights, _) = weights.as_chunks();
+    let (halves, _) = bytes.as_chunks_mut();
+    for (weights, halves) in weights.iter().zip(halves) {
+        store_bytes(
+            _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(load(weights)),
+            halves,
+        );
+    }
+    8 * weights.len()
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn narrow_bf16(weights: &[f32], bytes: &mut [u8]) -> usize {
+    let (weights, _) = weights.as_chunks::<16>();
+    let (brains, _) = bytes.as_chunks_mut();
+    for (weights, brains) in weights.iter().zip(brains) {
+        let (weights, _) = weights.as_chunks();
+        let (low, high) = (round_bf16(load(&weights[0])), round_bf16(load(&weights[1])));
+        let packed = _mm256_packus_epi32(low, high);
+        store_32_bytes(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed), brains);
+    }
+    16 * weights.len()
+}
+
+/// Bits of BF16, to nearest even, a NaN made quiet.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_bf16(weights: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(weights);
+    let high = _mm256_srli_epi32::<16>(bits);
+    let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+    let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(weights, weights));
+    _mm256_blendv_epi8(rounded, quiet, is_nan)
+}
+
+/// Rounded to F16 and back.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn through_f16(weights: __m256) -> __m256 {
+    _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(weights))
+}
+
+// ---- scans
+
+#[target_feature(enable = "avx2")]
+pub(super) fn finite_prefix(weights: &[f32]) -> usize {
+    let infinity = _mm256_set1_epi32(INFINITY);
+    let (blocks, _) = weights.as_chunks();
+    let stop = blocks.iter().position(|block| {
+        let is_special = load_block(block).map(|weights| {
+            let exponent = _mm256_and_si256(_mm256_castps_si256(weights), infinity);
+            _mm256_cmpeq_epi32(exponent, infinity)
+        });
+        let any = is_special.into_iter().reduce(|a, b| _mm256_or_si256(a, b));
+        any.is_some_and(|any| _mm256_movemask_epi8(any) != 0)
+    });
+    32 * stop.unwrap_or(blocks.len())
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn error_lanes(x: &[f32], y: &[f32], lanes: &mut Lanes) -> usize {
+    let sign = _mm256_set1_pd(-0.0);
+    let (x, _) = x.as_chunks::<8>();
+    let (y, _) = y.as_chunks::<8>();
+    // Lanes 0-3 and 4-7 of each sum.
+    let mut sums = [[_mm256_setzero_pd(); 2]; 5];
+    for (sum, lanes) in sums.iter_mut().zip(&*lanes) {
+        for (sum, lanes) in sum.iter_mut().zip(lanes.as_chunks::<4>().0) {
+            *sum = _mm256_setr_pd(lanes[0], lanes[1], lanes[2], lanes[3]);
+        }
+    }
+    for (x, y) in x.iter().zip(y) {
+        let (x, y) = (load(x), load(y));
+        let x = [_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)];
+        let y = [_mm256_castps256_ps128(y), _mm256_extractf128_ps::<1>(y)];
+        for half in 0..2 {
+            let (x, y) = (_mm256_cvtps_pd(x[half]), _mm256_cvtps_pd(y[half]));
+            let error = _mm256_sub_pd(x, y);
+            let [signal, noise, cross, power, most] = &mut sums;
+            // Products of two `f32` are exact in `f64`: fusing them with the sum changes nothing.
+            signal[half] = _mm256_fmadd_pd(x, x, signal[half]);
+            cross[half] = _mm256_fmadd_pd(x, y, cross[half]);
+            power[half] = _mm256_fmadd_pd(y, y, power[half]);
+            noise[half] = _mm256_add_pd(noise[half], _mm256_mul_pd(error, error));
+            // The second operand stays where the comparison does not hold.
+            most[half] = _mm256_max_pd(_mm256_andnot_pd(sign, error), most[half]);
+        }
+    }
+    for (sum, lanes) in sums.into_iter().zip(lanes) {
+        for (sum, lanes) in sum.into_iter().zip(lanes.as_chunks_mut::<4>().0) {
+            // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
+            unsafe { _mm256_storeu_pd(lanes.as_mut_ptr(), sum) }
+        }
+    }
+    8 * x.len().min(y.len())
+}
+
+/// Bits of the magnitudes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn magnitude(weights: __m256) -> __m256i {
+    _mm256_and_si256(_mm256_castps_si256(weights), _mm256_set1_epi32(MAGNITUDE))
+}
+
+/// The largest of eight unsigned numbers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn largest(values: __m256i) -> u32 {
+    let values = _mm_max_epu32(
+        _mm256_castsi256_si128(values),
+        _mm256_extracti128_si256::<1>(values),
+    );
+    let values = _mm_max_epu32(values, _mm_shuffle_epi32::<0b01_00_11_10>(values));
+    let values = _mm_max_epu32(values, _mm_shuffle_epi32::<0b10_11_00_01>(values));
+    _mm_cvtsi128_si32(values).cast_unsigned()
+}
+
+// ---- bitsandbytes, 4 bits
+
+#[target_feature(enable = "avx2")]
+pub(super) fn measure_4bit(size: usize, weights: &[f32], absmax: &mut [[u8; 4]]) -> usize {
+    let blocks = weights.chunks_exact(size).zip(absmax);
+    let done = blocks.len();
+    for (block, absmax) in blocks {
+        let mut most = _mm256_setzero_si256();
+        for weights in block.as_chunks().0 {
+            most = _mm256_max_epu32(most, magnitude(load(weights)));
+        }
+        *absmax = largest(most).to_le_bytes();
+    }
+    done
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn encode_4bit(
+    codebook: &Codebook,
+    least: f32,
+    size: usize,
+    weights: &[f32],
+    absmax: &[[u8; 4]],
+    codes: &mut [u8],
+) -> usize {
+    // A search tree of thresholds, one table per depth, indexed by the comparisons so far.
+    let t = &codebook.thresholds;
+    let root = _mm256_set1_ps(t[7]);
+    let depths = [
+        _mm256_setr_ps(t[3], t[11], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        _mm256_setr_ps(t[1], t[5], t[9], t[13], 0.0, 0.0, 0.0, 0.0),
+        _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]),
+    ];
+    let order = _mm256_broadcastsi128_si256(load_bytes(&codebook.order));
+    let first_high = _mm256_set1_epi16(0x0110);
+    // After packing, 16-bit units of the lower and of the upper half of each vector alternate.
+    let interleave = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+
+    let blocks = weights
+        .chunks_exact(size)
+        .zip(codes.chunks_exact_mut(size / 2))
+        .zip(absmax);
+    let done = blocks.len();
+    for ((block, codes), absmax) in blocks {
+        let absmax = f32::from_le_bytes(*absmax);
+        let scale = _mm256_set1_ps(1.0 / if absmax < least { least } else { absmax });
+        for (weights, codes) in block.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
+            let [a, b, c, d] = load_block(weights).map(|weights| {
+                let y = _mm256_mul_ps(weights, scale);
+                // Not below or equal, so that NaN goes up.
+                let above =
+                    |threshold| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_NLE_UQ>(y, threshold));
+                let mut index = _mm256_sub_epi32(_mm256_setzero_si256(), above(root));
+                for thresholds in depths {
+                    let threshold = _mm256_permutevar8x32_ps(thresholds, index);
+                    let doubled = _mm256_add_epi32(index, index);
+                    index = _mm256_sub_epi32(doubled, above(threshold));
+                }
+                index
+            });
+            let packed = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
+            let ordered = _mm256_shuffle_epi8(order, packed);
+            let pairs = _mm256_maddubs_epi16(ordered, first_high);
+            let bytes = _mm_packus_epi16(
+                _mm256_castsi256_si128(pairs),
+                _mm256_extracti128_si256::<1>(pairs),
+            );
+            store_bytes(_mm_shuffle_epi8(bytes, interleave), codes);
+        }
+    }
+    done
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn decode_4bit(
+    values: &[f32; 16],
+    size: usize,
+    codes: &[u8],
+    absmax: &[[u8; 4]],
+    weights: &mut [f32],
+) -> usize {
+    let (halves, _) = values.as_chunks();
+    let (low, high) = (load(&halves[0]), load(&halves[1]));
+    let nibbles = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    let blocks = weights
+        .chunks_exact_mut(size)
+        .zip(codes.chunks_exact(size / 2))
+        .zip(absmax);
+    let done = blocks.len();
+    for ((block, codes), absmax) in blocks {
+        let absmax = _mm256_set1_ps(f32::from_le_bytes(*absmax));
+        for (weights, codes) in block.as_chunks_mut().0.iter_mut().zip(codes.as_chunks().0) {
+            let codes = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*codes)), nibbles);
+            // Lookups take the low three bits; the fourth, moved to the sign, selects the half.
+            let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+            let value = _mm256_blendv_ps(
+                _mm256_permutevar8x32_ps(low, codes),
+                _mm256_permutevar8x32_ps(high, codes),
+                fourth,
+            );
+            store(_mm256_mul_ps(value, absmax), weights);
+        }
+    }
+    done
+}
+
+// ---- bitsandbytes, int8
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn most_f16(weights: &[f32]) -> (usize, u32) {
+    let (vectors, _) = weights.as_chunks();
+    let mut most = _mm256_setzero_si256();
+    for weights in vectors {
+        most = _mm256_max_epu32(most, magnitude(through_f16(load(weights))));
+    }
+    (8 * vectors.len(), largest(most))
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn encode_int8(scale: f32, weights: &[f32], codes: &mut [u8]) -> usize {
+    let scale = _mm256_set1_ps(scale);
+    let (blocks, _) = weights.as_chunks();
+    for (weights, codes) in blocks.iter().zip(codes.as_chunks_mut().0) {
+        let rounded = load_block(weights).map(|weights| {
+            // Conversion rounds to nearest even; NaN is made zero.
+            _mm256_cvtps_epi32(zero_nan(_mm256_mul_ps(through_f16(weights), scale)))
+        });
+        store_32_bytes(pack_signed(rounded), codes);
+    }
+    32 * blocks.len()
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn decode_int8(codes: &[u8], scale: f32, factor: f32, weights: &mut [f32]) -> usize {
+    let (scale, factor) = (_mm256_set1_ps(scale), _mm256_set1_ps(factor));
+    let (vectors, _) = weights.as_chunks_mut();
+    for (weights, codes) in vectors.iter_mut().zip(codes.as_chunks().0) {
+        let product = _mm256_mul_ps(signed_to_float(*codes), scale);
+        store(_mm256_mul_ps(product, factor), weights);
+    }
+    8 * vectors.len()
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn zero_nan(values: __m256) -> __m256 {
+    _mm256_and_ps(values, _mm256_cmp_ps::<_CMP_ORD_Q>(values, values))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed_to_float(codes: [u8; 8]) -> __m256 {
+    let codes = _mm_cvtsi64_si128(i64::from_le_bytes(codes));
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))
+}
+
+/// 32 numbers in order as signed bytes, saturated.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pack_signed([a, b, c, d]: [__m256i; 4]) -> __m256i {
+    let packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    // Packing works within halves: fours of bytes of the lower halves come first.
+    _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+}
+
+// ---- GGML blocks
+
+/// First weight with the largest magnitude; +0 in a block of zeros.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn extreme(weights: &[f32; 32]) -> f32 {
+    let vectors = load_block(weights).map(|weights| magnitude(weights));
+    let [a, b, c, d] = vectors;
+    let most = largest(_mm256_max_epu32(
+        _mm256_max_epu32(a, b),
+        _mm256_max_epu32(c, d),
+    ));
+    if most == 0 {
+        return 0.0;
+    }
+    let most = _mm256_set1_epi32(most.cast_signed());
+    let hits = vectors.map(|vector| _mm256_castsi256_ps(_mm256_cmpeq_epi32(vector, most)));
+    weights[signs(hits).trailing_zeros() as usize & 31]
+}
+
+/// Sign bits of 32 numbers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signs(vectors: [__m256; 4]) -> u32 {
+    let [a, b, c, d] = vectors.map(|vector| _mm256_movemask_ps(vector).cast_unsigned());
+    a | b << 8 | c << 16 | d << 24
+}
+
+/// Smallest and largest weight; of two zeros, the first one.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn range(weights: &[f32; 32]) -> (f32, f32) {
+    let vectors = load_block(weights);
+    let (mut low, mut high) = (_mm256_set1_ps(f32::MAX), _mm256_set1_ps(-f32::MAX));
+    for vector in vectors {
+        // The second operand stays where the comparison does not hold.
+        low = _mm256_min_ps(vector, low);
+        high = _mm256_max_ps(vector, high);
+    }
+    let low = _mm_min_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
+    let high = _mm_max_ps(
+        _mm256_castps256_ps128(high),
+        _mm256_extractf128_ps::<1>(high),
+    );
+    let low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+    let high = _mm_max_ps(high, _mm_movehl_ps(high, high));
+    let mut least = _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
+    let mut most = _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
+    if least == 0.0 {
+        let zero = _mm256_setzero_ps();
+        let zeros = vectors.map(|vector| _mm256_cmp_ps::<_CMP_EQ_OQ>(vector, zero));
+        least = weights[signs(zeros).trailing_zeros() as usize & 31];
+        if most == 0.0 {
+            most = least;
+        }
+    }
+    (least, most)
+}
+
+/// 1/d, or 0 where d is zero or 1/d is infinite.
+#[inline]
+fn reciprocal(d: f32) -> f32 {
+    let reciprocal = 1.0 / d;
+    if d == 0.0 || reciprocal.is_infinite() {
+        0.0
+    } else {
+        reciprocal
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn half_bytes(value: f32) -> [u8; 2] {
+    let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(value));
+    (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn half_at(block: &[u8], at: usize) -> __m256 {
+    let half = u16::from_le_bytes([block[at], block[at + 1]]);
+    let value = _mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half)));
+    _mm256_broadcastss_ps(value)
+}
+
+/// min(limit, trunc((x − least)·scale + bias)) of 32 weights; NaN gives 0.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn codes(weights: &[f32; 32], least: f32, scale: f32, bias: f32, limit: i32) -> [__m256i; 4] {
+    let (least, scale) = (_mm256_set1_ps(least), _mm256_set1_ps(scale));
+    let (bias, most) = (_mm256_set1_ps(bias), _mm256_set1_ps(255.0));
+    let limit = _mm256_set1_epi32(limit);
+    load_block(weights).map(|weights| {
+        let product = _mm256_mul_ps(_mm256_sub_ps(weights, least), scale);
+        // The second operand stays where the comparison does not hold: NaN becomes a number that
+        // is negative after conversion, and then zero.
+        let value = _mm256_min_ps(most, _mm256_add_ps(product, bias));
+        let code = _mm256_min_epi32(_mm256_cvttps_epi32(value), limit);
+        _mm256_max_epi32(code, _mm256_setzero_si256())
+    })
+}
+
+/// 32 codes, low four bits each, as split nibbles.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn split_nibbles([a, b, c, d]: [__m256i; 4]) -> __m128i {
+    let mask = _mm256_set1_epi16(15);
+    let low = _mm256_and_si256(_mm256_packus_epi32(a, b), mask);
+    let high = _mm256_and_si256(_mm256_packus_epi32(c, d), mask);
+    let bytes = _mm256_or_si256(low, _mm256_slli_epi16::<4>(high));
+    // Packing works within halves: fours of codes of the lower halves come first.
+    let bytes = _mm256_packus_epi16(bytes, bytes);
+    _mm_unpacklo_epi32(
+        _mm256_castsi256_si128(bytes),
+        _mm256_extracti128_si256::<1>(bytes),
+    )
+}
+
+/// Bit 4 of 32 codes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifth_bits(codes: [__m256i; 4]) -> [u8; 4] {
+    signs(codes.map(|codes| _mm256_castsi256_ps(_mm256_slli_epi32::<27>(codes)))).to_le_bytes()
+}
+
+/// Split nibbles as 32 bytes, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn joined_nibbles(bytes: &[u8; 16]) -> __m256i {
+    let bytes = load_bytes(bytes);
+    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
+    _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
+
+/// Bit i of `bits` as bit 4 of byte i.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn spread_bits(bits: [u8; 4]) -> __m256i {
+    let bits = _mm256_set1_epi32(i32::from_le_bytes(bits));
+    let source = _mm256_setr_epi64x(
+        0,
+        0x0101_0101_0101_0101,
+        0x0202_0202_0202_0202,
+        0x0303_0303_0303_0303,
+    );
+    let place = _mm256_set1_epi64x(0x8040_2010_0804_0201u64.cast_signed());
+    let bytes = _mm256_and_si256(_mm256_shuffle_epi8(bits, source), place);
+    _mm256_and_si256(_mm256_cmpeq_epi8(bytes, place), _mm256_set1_epi8(16))
+}
+
+/// 32 bytes as floats, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes_to_float(bytes: __m256i) -> [__m256; 4] {
+    let (low, high) = (
+        _mm256_castsi256_si128(bytes),
+        _mm256_extracti128_si256::<1>(bytes),
+    );
+    [
+        low,
+        _mm_unpackhi_epi64(low, low),
+        high,
+        _mm_unpackhi_epi64(high, high),
+    ]
+    .map(|bytes| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn put<const AT: usize, const LENGTH: usize, const BYTES: usize>(
+    block: &mut [u8; BYTES],
+    bytes: [u8; LENGTH],
+) {
+    block[AT..AT + LENGTH].copy_from_slice(&bytes);
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn put_nibbles<const BYTES: usize>(block: &mut [u8; BYTES], codes: [__m256i; 4]) {
+    if let Some(bytes) = block.last_chunk_mut() {
+        store_bytes(split_nibbles(codes), bytes);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles_of<const BYTES: usize>(block: &[u8; BYTES]) -> __m256i {
+    block
+        .last_chunk()
+        .map_or(_mm256_setzero_si256(), |bytes| joined_nibbles(bytes))
+}
+
+macro_rules! encode {
+    ($name:ident, $bytes:literal, |$weights:ident, $block:ident| $body:block) => {
+        #[target_feature(enable = "avx2,f16c")]
+        pub(super) fn $name(weights: &[f32], blocks: &mut [u8]) -> usize {
+            let (blocks, _) = blocks.as_chunks_mut::<$bytes>();
+            let (weights, _) = weights.as_chunks();
+            for ($weights, $block) in weights.iter().zip(&mut *blocks) $body
+            weights.len().min(blocks.len())
+        }
+    };
+}
+
+macro_rules! decode {
+    ($name:ident, $bytes:literal, |$block:ident| $body:expr) => {
+        #[target_feature(enable = "avx2,f16c")]
+        pub(super) fn $name(blocks: &[u8], weights: &mut [f32]) -> usize {
+            let (weights, _) = weights.as_chunks_mut();
+            let (blocks, _) = blocks.as_chunks::<$bytes>();
+            for (weights, $block) in weights.iter_mut().zip(blocks) {
+                store_block($body, weights);
+            }
+            weights.len().min(blocks.len())
+        }
+    };
+}
+
+encode!(encode_q4_0, 18, |weights, block| {
+    let d = extreme(weights) / -8.0;
+    put::<0, 2, _>(block, half_bytes(d));
+    put_nibbles(block, codes(weights, 0.0, reciprocal(d), 8.5, 15));
+});
+
+decode!(decode_q4_0, 18, |block| {
+    let (d, bias) = (half_at(block, 0), _mm256_set1_ps(8.0));
+    bytes_to_float(nibbles_of(block)).map(|code| _mm256_mul_ps(_mm256_sub_ps(code, bias), d))
+});
+
+encode!(encode_q4_1, 20, |weights, block| {
+    let (least, most) = range(weights);
+    let d = (most - least) / 15.0;
+    put::<0, 2, _>(block, half_bytes(d));
+    put::<2, 2, _>(block, half_bytes(least));
+    put_nibbles(block, codes(weights, least, reciprocal(d), 0.5, 15));
+});
+
+decode!(decode_q4_1, 20, |block| {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    bytes_to_float(nibbles_of(block)).map(|code| _mm256_add_ps(_mm256_mul_ps(code, d), m))
+});
+
+encode!(encode_q5_0, 22, |weights, block| {
+    let d = extreme(weights) / -16.0;
+    let codes = codes(weights, 0.0, reciprocal(d), 16.5, 31);
+    put::<0, 2, _>(block, half_bytes(d));
+    put::<2, 4, _>(block, fifth_bits(codes));
+    put_nibbles(block, codes);
+});
+
+decode!(decode_q5_0, 22, |block| {
+    let (d, bias) = (half_at(block, 0), _mm256_set1_ps(16.0));
+    let high = spread_bits([block[2], block[3], block[4], block[5]]);
+    let codes = _mm256_or_si256(nibbles_of(block), high);
+    bytes_to_float(codes).map(|code| _mm256_mul_ps(_mm256_sub_ps(code, bias), d))
+});
+
+encode!(encode_q5_1, 24, |weights, block| {
+    let (least, most) = range(weights);
+    let d = (most - least) / 31.0;
+    let codes = codes(weights, least, reciprocal(d), 0.5, 31);
+    put::<0, 2, _>(block, half_bytes(d));
+    put::<2, 2, _>(block, half_bytes(least));
+    put::<4, 4, _>(block, fifth_bits(codes));
+    put_nibbles(block, codes);
+});
+
+decode!(decode_q5_1, 24, |block| {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    let high = spread_bits([block[4], block[5], block[6], block[7]]);
+    let codes = _mm256_or_si256(nibbles_of(block), high);
+    bytes_to_float(codes).map(|code| _mm256_add_ps(_mm256_mul_ps(code, d), m))
+});
+
+encode!(encode_q8_0, 34, |weights, block| {
+    let [a, b, c, d] = load_block(weights).map(|weights| magnitude(weights));
+    let most = _mm256_max_epu32(_mm256_max_epu32(a, b), _mm256_max_epu32(c, d));
+    let d = f32::from_bits(largest(most)) / 127.0;
+    put::<0, 2, _>(block, half_bytes(d));
+    let scale = _mm256_set1_ps(reciprocal(d));
+    let sign = _mm256_set1_ps(-0.0);
+    // Adding the number below one half and truncating takes ties, and nothing less, away from zero.
+    let below_half = _mm256_set1_ps(0.5f32.next_down());
+    let rounded = load_block(weights).map(|weights| {
+        let value = zero_nan(_mm256_mul_ps(weights, scale));
+        let nudge = _mm256_or_ps(below_half, _mm256_and_ps(value, sign));
+        _mm256_cvttps_epi32(_mm256_add_ps(value, nudge))
+    });
+    if let Some(bytes) = block.last_chunk_mut() {
+        store_32_bytes(pack_signed(rounded), bytes);
+    }
+});
+
+decode!(decode_q8_0, 34, |block| {
+    let d = half_at(block, 0);
+    let codes = block
+        .last_chunk()
+        .map_or(_mm256_setzero_si256(), |bytes| load_32_bytes(bytes));
+    let (low, high) = (
+        _mm256_castsi256_si128(codes),
+        _mm256_extracti128_si256::<1>(codes),
+    );
+    [
+        low,
+        _mm_unpackhi_epi64(low, low),
+        high,
+        _mm_unpackhi_epi64(high, high),
+    ]
+    .map(|codes| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), d))
+});

@@ -1,0 +1,409 @@
+//! AVX-512 versions (F, BW, DQ, VL). Scalar bodies and special cases: see the function that offers
+//! the work.
+//!
+//! Every function here may be called only on a processor that has these features.
+
+use std::arch::x86_64::*;
+
+use super::sums::Lanes;
+use crate::codebook::Codebook;
+
+/// Bits of a magnitude; bits of infinity.
+const MAGNITUDE: i32 = 0x7fff_ffff;
+const INFINITY: i32 = 0x7f80_0000;
+
+// ---- memory
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(values: &[f32; 16]) -> __m512 {
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(vector: __m512, values: &mut [f32; 16]) {
+    // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
+    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), vector) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_32_bytes(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_32_bytes(vector: __m256i, bytes: &mut [u8; 32]) {
+    // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), vector) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_16_bytes(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the reference is to 16 readable bytes; the load takes any alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_16_bytes(vector: __m128i, bytes: &mut [u8; 16]) {
+    // SAFETY: the reference is to 16 writable bytes; the store takes any alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), vector) }
+}
+
+// ---- casts
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen_f16(bytes: &[u8], weights: &mut [f32]) -> usize {
+    let (weights, _) = weights.as_chunks_mut();
+    for (weights, halves) in weights.iter_mut().zip(bytes.as_chunks().0) {
+        store(_mm512_cvtph_ps(load_32_bytes(halves)), weights);
+    }
+    16 * weights.len()
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn widen_bf16(bytes: &[u8], weights: &mut [f32]) -> usize {
+    let (weights, _) = weights.as_chunks_mut();
+    for (weights, brains) in weights.iter_mut().zip(bytes.as_chunks().0) {
+        let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_32_bytes(brains)));
+        store(_mm512_castsi512_ps(bits), weights);
+    }
+    16 * weights.len()
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn narrow_f16(weights: &[f32], bytes: &mut [u8]) -> usize {
+    let (weights, _) = weights.as_chunks();
+    for (weights, halves) in weights.iter().zip(bytes.as_chunks_mut().0) {
+        let rounded = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(load(weights));
+        store_32_bytes(rounded, halves);
+    }
+    16 * weights.len()
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn narrow_bf16(weights: &[f32], bytes: &mut [u8]) -> usize {
+    let (weights, _) = weights.as_chunks();
+    for (weights, brains) in weights.iter().zip(bytes.as_chunks_mut().0) {
+        let weights = load(weights);
+        let bits = _mm512_castps_si512(weights);
+        let high = _mm512_srli_epi32::<16>(bits);
+        let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+        // A NaN is cut off and made quiet.
+        let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(weights, weights);
+        let result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+        store_32_bytes(_mm512_cvtepi32_epi16(result), brains);
+    }
+    16 * weights.len()
+}
+
+/// Rounded to F16 and back.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn through_f16(weights: __m512) -> __m512 {
+    _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(weights))
+}
+
+// ---- scans
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn finite_prefix(weights: &[f32]) -> usize {
+    let (blocks, _) = weights.as_chunks::<64>();
+    let magnitude = _mm512_set1_epi32(MAGNITUDE);
+    let infinity = _mm512_set1_epi32(INFINITY);
+    let stop = blocks.iter().position(|block| {
+        let mut most = _mm512_setzero_si512();
+        for weights in block.as_chunks().0 {
+            let bits = _mm512_and_si512(_mm512_castps_si512(load(weights)), magnitude);
+            most = _mm512_max_epu32(most, bits);
+        }
+        _mm512_cmpge_epu32_mask(most, infinity) != 0
+    });
+    64 * stop.unwrap_or(blocks.len())
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn error_lanes(x: &[f32], y: &[f32], lanes: &mut Lanes) -> usize {
+    let (x, _) = x.as_chunks::<8>();
+    let (y, _) = y.as_chunks::<8>();
+    // SAFETY: each reference is to 64 readable bytes; the load takes any alignment.
+    let [mut signal, mut noise, mut cross, mut power, mut most] = lanes
+        .each_ref()
+        .map(|lanes| unsafe { _mm512_loadu_pd(lanes.as_ptr()) });
+    for (x, y) in x.iter().zip(y) {
+        // SAFETY: each reference is to 32 readable bytes; the load takes any alignment.
+        let (x, y) = unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(y.as_ptr())) };
+        let (x, y) = (_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
+        let error = _mm512_sub_pd(x, y);
+        // Products of two `f32` are exact in `f64`: fusing them with the sum changes nothing.
+        signal = _mm512_fmadd_pd(x, x, signal);
+        cross = _mm512_fmadd_pd(x, y, cross);
+        power = _mm512_fmadd_pd(y, y, power);
+        noise = _mm512_add_pd(noise, _mm512_mul_pd(error, error));
+        // Larger magnitude, sign cleared; a NaN gives way to the other operand.
+        most = _mm512_range_pd::<0b1011>(error, most);
+    }
+    for (lanes, sum) in lanes.iter_mut().zip([signal, noise, cross, power, most]) {
+        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
+        unsafe { _mm512_storeu_pd(lanes.as_mut_ptr(), sum) }
+    }
+    8 * x.len().min(y.len())
+}
+
+/// Bits of the magnitudes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn magnitude(weights: __m512) -> __m512i {
+    _mm512_and_si512(_mm512_castps_si512(weights), _mm512_set1_epi32(MAGNITUDE))
+}
+
+// ---- bitsandbytes, 4 bits
+
+/// Two ways to the number of thresholds that a number exceeds.
+struct Search {
+    /// A tree: where the search stands at i and steps by s, it compares with threshold i + s - 1.
+    root: __m512,
+    depths: [(__m512, i32); 3],
+    /// 32 intervals, if none holds two thresholds: how many thresholds lie below each, and the one
+    /// inside (infinity, if none).
+    intervals: Option<([__m512i; 2], [__m512; 2])>,
+}
+
+/// Adding this leaves a number rounded to a whole one in the low bits of the sum.
+const WHOLE: f32 = 1.5 * (1 << 23) as f32;
+/// Intervals per unit: -1 to 1 gives -15 to 15, which have different low five bits.
+const INTERVALS: f32 = 15.4;
+
+/// Interval of each number, in the low five bits. Which number falls where matters little, as long
+/// as a larger one never falls lower; the sum may be fused.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn interval(y: __m512) -> __m512i {
+    let sum = _mm512_fmadd_ps(y, _mm512_set1_ps(INTERVALS), _mm512_set1_ps(WHOLE));
+    _mm512_castps_si512(sum)
+}
+
+impl Search {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(thresholds: &[f32; 15]) -> Self {
+        let table = |skip: usize| {
+            let mut shifted = [0.0; 16];
+            shifted[..15 - skip].copy_from_slice(&thresholds[skip..]);
+            load(&shifted)
+        };
+        let mut places = [0i32; 16];
+        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
+        unsafe { _mm512_storeu_si512(places.as_mut_ptr().cast(), interval(table(0))) };
+        let zero = WHOLE.to_bits().cast_signed();
+        let mut below = [0i32; 32];
+        let mut inside = [f32::INFINITY; 32];
+        let mut fits = true;
+        for (&threshold, place) in thresholds.iter().zip(places) {
+            for interval in place - zero + 1..=15 {
+                below[(interval & 31) as usize] += 1;
+            }
+            let slot = &mut inside[(place & 31) as usize];
+            fits &= slot.is_infinite();
+            *slot = threshold;
+        }
+        let counts = |half: usize| {
+            // SAFETY: 16 of the 32 numbers from `16 * half` on, for `half` 0 and 1.
+            unsafe { _mm512_loadu_si512(below[16 * half..][..16].as_ptr().cast()) }
+        };
+        let (inside, _) = inside.as_chunks();
+        Search {
+            root: _mm512_set1_ps(thresholds[7]),
+            depths: [(table(3), 4), (table(1), 2), (table(0), 1)],
+            intervals: fits.then(|| ([counts(0), counts(1)], [load(&inside[0]), load(&inside[1])])),
+        }
+    }
+
+    /// How many thresholds each number exceeds; all of them for NaN.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn by_tree(&self, y: __m512) -> __m512i {
+        // Not below or equal, so that NaN goes up.
+        let above = |threshold| _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(y, threshold);
+        let mut index = _mm512_maskz_set1_epi32(above(self.root), 8);
+        for (thresholds, step) in self.depths {
+            let threshold = _mm512_permutexvar_ps(index, thresholds);
+            index = _mm512_mask_add_epi32(index, above(threshold), index, _mm512_set1_epi32(step));
+        }
+        index
+    }
+}
+
+/// How many thresholds each number from -1 to 1 exceeds.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn by_interval(below: [__m512i; 2], inside: [__m512; 2], y: __m512) -> __m512i {
+    let place = interval(y);
+    let threshold = _mm512_permutex2var_ps(inside[0], place, inside[1]);
+    let index = _mm512_permutex2var_epi32(below[0], place, below[1]);
+    let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, threshold);
+    _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(1))
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn encode_4bit(
+    codebook: &Codebook,
+    least: f32,
+    size: usize,
+    weights: &[f32],
+    absmax: &[[u8; 4]],
+    codes: &mut [u8],
+) -> usize {
+    let search = Search::new(&codebook.thresholds);
+    let order = _mm512_broadcast_i32x4(load_16_bytes(&codebook.order));
+    let divisor = |absmax: [u8; 4]| {
+        let absmax = f32::from_le_bytes(absmax);
+        if absmax < least {
+            least
+        } else {
+            absmax
+        }
+    };
+    if size < 64 {
+        // Two blocks at a time; the last one of an odd number is left.
+        let blocks = weights
+            .as_chunks()
+            .0
+            .iter()
+            .zip(codes.as_chunks_mut().0)
+            .zip(absmax.as_chunks::<2>().0);
+        let done = 2 * blocks.len();
+        for ((weights, codes), absmax) in blocks {
+            store_32_bytes(
+                encode_64(&search, order, absmax.map(divisor), weights),
+                codes,
+            );
+        }
+        return done;
+    }
+    let blocks = weights
+        .chunks_exact(size)
+        .zip(codes.chunks_exact_mut(size / 2))
+        .zip(absmax);
+    let done = blocks.len();
+    for ((block, codes), absmax) in blocks {
+        let absmax = [divisor(*absmax); 2];
+        for (weights, codes) in block.as_chunks().0.iter().zip(codes.as_chunks_mut().0) {
+            store_32_bytes(encode_64(&search, order, absmax, weights), codes);
+        }
+    }
+    done
+}
+
+/// Packed codes of 64 weights, each half of them divided by its `absmax`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn encode_64(search: &Search, order: __m512i, absmax: [f32; 2], weights: &[f32; 64]) -> __m256i {
+    let (vectors, _) = weights.as_chunks();
+    let [low, high] = absmax.map(|absmax| _mm512_set1_ps(1.0 / absmax));
+    let y = [
+        _mm512_mul_ps(load(&vectors[0]), low),
+        _mm512_mul_ps(load(&vectors[1]), low),
+        _mm512_mul_ps(load(&vectors[2]), high),
+        _mm512_mul_ps(load(&vectors[3]), high),
+    ];
+    let [a, b, c, d] = match search.intervals {
+        // NaN, which only the tree can place, takes an absmax that is not finite.
+        Some((below, inside)) if absmax[0].is_finite() && absmax[1].is_finite() => [
+            by_interval(below, inside, y[0]),
+            by_interval(below, inside, y[1]),
+            by_interval(below, inside, y[2]),
+            by_interval(below, inside, y[3]),
+        ],
+        _ => [
+            search.by_tree(y[0]),
+            search.by_tree(y[1]),
+            search.by_tree(y[2]),
+            search.by_tree(y[3]),
+        ],
+    };
+    let packed = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
+    // Packing works within quarters: fours of bytes of the same quarter come to lie together.
+    let in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let codes = _mm512_shuffle_epi8(order, _mm512_permutexvar_epi32(in_order, packed));
+    // The first code of two times 16, and the second.
+    let pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));
+    _mm512_cvtepi16_epi8(pairs)
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn decode_4bit(
+    values: &[f32; 16],
+    size: usize,
+    codes: &[u8],
+    absmax: &[[u8; 4]],
+    weights: &mut [f32],
+) -> usize {
+    let values = load(values);
+    let blocks = weights
+        .chunks_exact_mut(size)
+        .zip(codes.chunks_exact(size / 2))
+        .zip(absmax);
+    let done = blocks.len();
+    for ((block, codes), absmax) in blocks {
+        let absmax = _mm512_set1_ps(f32::from_le_bytes(*absmax));
+        for (weights, codes) in block.as_chunks_mut().0.iter_mut().zip(codes.as_chunks().0) {
+            let codes = _mm_cvtsi64_si128(i64::from_le_bytes(*codes));
+            // Each byte in both halves of 64 bits, the first code of the two moved down; the lookup
+            // takes the low four bits.
+            let bytes = _mm512_cvtepu8_epi64(codes);
+            let pairs = _mm512_or_si512(
+                _mm512_slli_epi64::<32>(bytes),
+                _mm512_srli_epi64::<4>(bytes),
+            );
+            let value = _mm512_permutexvar_ps(pairs, values);
+            store(_mm512_mul_ps(value, absmax), weights);
+        }
+    }
+    done
+}
+
+// ---- bitsandbytes, int8
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn most_f16(weights: &[f32]) -> (usize, u32) {
+    let (vectors, _) = weights.as_chunks();
+    let mut most = _mm512_setzero_si512();
+    for weights in vectors {
+        most = _mm512_max_epu32(most, magnitude(through_f16(load(weights))));
+    }
+    (16 * vectors.len(), _mm512_reduce_max_epu32(most))
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn encode_int8(scale: f32, weights: &[f32], codes: &mut [u8]) -> usize {
+    let scale = _mm512_set1_ps(scale);
+    let (vectors, _) = weights.as_chunks();
+    for (weights, codes) in vectors.iter().zip(codes.as_chunks_mut().0) {
+        let value = _mm512_mul_ps(through_f16(load(weights)), scale);
+        // Conversion rounds to nearest even; NaN is made zero.
+        let is_number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(value, value);
+        let rounded = _mm512_maskz_cvtps_epi32(is_number, value);
+        store_16_bytes(_mm512_cvtsepi32_epi8(rounded), codes);
+    }
+    16 * vectors.len()
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) fn decode_int8(codes: &[u8], scale: f32, factor: f32, weights: &mut [f32]) -> usize {
+    let (scale, factor) = (_mm512_set1_ps(scale), _mm512_set1_ps(factor));
+    let (vectors, _) = weights.as_chunks_mut();
+    for (weights, codes) in vectors.iter_mut().zip(codes.as_chunks().0) {
+        let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(codes)));
+        store(_mm512_mul_ps(_mm512_mul_ps(codes, scale), factor), weights);
+    }
+    16 * vectors.len()
+}
