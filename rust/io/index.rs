@@ -16,12 +16,12 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::file::FileSource;
 use super::gguf::split;
-use super::json_fault::fault;
+use super::json::{fault, Discarded};
 use super::{Container, Header, Metadata, Source};
 use crate::error::{Error, Result};
 use crate::shape;
@@ -328,7 +328,7 @@ impl<'de> Visitor<'de> for Top {
                     .replace(map.next_value::<Once<String>>()?)
                     .is_some(),
                 _ => {
-                    map.next_value::<IgnoredAny>()?;
+                    map.next_value::<Discarded>()?;
                     false
                 }
             };

@@ -11,7 +11,7 @@
 pub mod file;
 pub mod gguf;
 pub mod index;
-mod json_fault;
+mod json;
 pub mod memory;
 pub mod safetensors;
 mod unique;

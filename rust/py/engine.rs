@@ -199,7 +199,13 @@ fn gguf_metadata(pairs: &gguf::Metadata, source: &dyn Source) -> Result<serde_js
             Some((kind, count)) if count > MOST_SHOWN_ITEMS => {
                 json!({"type": kind.name(), "count": count})
             }
-            _ => pairs.value(source, key)?.to_json(),
+            // A value that breaks its own type's rules is told as a warning, not an error.
+            _ => match (pairs.value(source, key), pairs.field(key)) {
+                (Err(Error::Checkpoint(_)), Some(field)) => {
+                    json!({"type": field.kind.name(), "bytes": field.bytes})
+                }
+                (value, _) => value?.to_json(),
+            },
         };
         object.insert(key.to_owned(), shown);
     }

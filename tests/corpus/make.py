@@ -1,7 +1,8 @@
 """Builds the corpus: small files, nearly all of them broken on purpose.
 
-`python tests/corpus/make.py` writes them beside this file. What each must lead to stands in `cases.json`: the text of
-the error, or that it opens. A test fails when a file has no row, a row has no file, or a file is not what is built here.
+`python tests/corpus/make.py` writes them beside this file. What each must lead to stands in `cases.json`: the text
+of the error, or that it opens. A test fails when a file has no row, a row has no file, or a file is not what is built
+here.
 
 Nothing here uses a library that knows the containers: broken files need control over every byte.
 """
@@ -26,9 +27,7 @@ def framed(text: str | bytes, data: bytes = b"", length: int | None = None) -> b
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def tensor(
-    name: str = "w", dtype: str = "U8", shape: str = "[4]", offsets: str = "[0,4]", extra: str = ""
-) -> str:
+def tensor(name: str = "w", dtype: str = "U8", shape: str = "[4]", offsets: str = "[0,4]", extra: str = "") -> str:
     """One tensor of a header, every part of it as text."""
     return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}{extra}}}'
 
@@ -162,7 +161,9 @@ def make_safetensors() -> None:
     safetensors("good", tensor())
     safetensors("good_nothing", data=b"")
     safetensors("good_out_of_order", tensor("b", offsets="[4,8]"), tensor("a"), data=bytes(8))
-    safetensors("good_not_aligned", tensor("a", shape="[1]", offsets="[0,1]"), tensor("b", "F64", "[]", "[1,9]"), data=bytes(9))
+    safetensors(
+        "good_not_aligned", tensor("a", shape="[1]", offsets="[0,1]"), tensor("b", "F64", "[]", "[1,9]"), data=bytes(9)
+    )
     safetensors(
         "good_empty_tensors",
         tensor("b", "F32", "[0]", "[4,4]"),
@@ -170,7 +171,11 @@ def make_safetensors() -> None:
         tensor("a", "F16", "[3,0]", "[0,0]"),
         tensor("c", "BOOL", "[0]", "[4,4]"),
     )
-    safetensors("good_names", tensor("", shape="[1]", offsets="[0,1]"), tensor("é/\\u0000\\\\\\ud83d\\ude00", shape="[3]", offsets="[1,4]"))
+    safetensors(
+        "good_names",
+        tensor("", shape="[1]", offsets="[0,1]"),
+        tensor("é/\\u0000\\\\\\ud83d\\ude00", shape="[3]", offsets="[1,4]"),
+    )
     safetensors("good_64_gib_sparse", tensor(shape="[68719476736]", offsets="[0,68719476736]"), data=b"")
     widths = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8}
     widths |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
@@ -214,7 +219,9 @@ def described(
 ) -> bytes:
     """A tensor's description; dimensions fastest first."""
     dims = [8] if dims is None else dims
-    return text(name) + u32(len(dims) if n_dims is None else n_dims) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
+    return (
+        text(name) + u32(len(dims) if n_dims is None else n_dims) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
+    )
 
 
 def gguf_bytes(
@@ -345,7 +352,13 @@ def make_gguf() -> None:
     gguf("good_five_dimensions", tensors=[described(dims=[2, 1, 2, 1, 2])])
     gguf("good_empty_tensor", tensors=[described(dims=[8, 0]), described("v")])
     gguf("good_final_padding_missing", tensors=[described(dims=[3])], data=bytes(12))
-    gguf("good_alignment_8", pair("general.alignment", U32, u32(8)), tensors=[described(), described("v", [1], offset=32)], data=bytes(36), align=8)
+    gguf(
+        "good_alignment_8",
+        pair("general.alignment", U32, u32(8)),
+        tensors=[described(), described("v", [1], offset=32)],
+        data=bytes(36),
+        align=8,
+    )
     gguf("good_out_of_order", tensors=[described("b", offset=32), described("a")], data=bytes(64))
     gguf("good_gap", tensors=[described("a"), described("b", offset=64)], data=bytes(96))
     gguf("good_trailing_bytes", tensors=one, data=bytes(100))

@@ -4,12 +4,12 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 
 use super::{METADATA, MOST_DIMENSIONS};
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::io::json_fault::fault;
+use crate::io::json::{fault, Discarded};
 use crate::io::warnings::Warnings;
 
 /// One tensor as the header describes it, unchecked.
@@ -138,7 +138,7 @@ impl<'de> Visitor<'de> for Tensor<'_> {
                     offsets = Some(map.next_value_seed(Counts("data_offsets", 2))?);
                 }
                 _ => {
-                    map.next_value::<IgnoredAny>()?;
+                    map.next_value::<Discarded>()?;
                     self.warnings.add(|| {
                         let tensor = self.place.tensor.borrow();
                         let tensor = tensor.as_deref().unwrap_or_default();

@@ -20,7 +20,7 @@ def safetensors_file() -> bytes:
 
     counted = torch.arange(24, dtype=torch.int64)
     tensors = {
-        "b/é \"\\\n\x01\x7f\u2028\U0001f600": counted[:6].reshape(2, 3).to(torch.bfloat16),
+        'b/é "\\\n\x01\x7f\u2028\U0001f600': counted[:6].reshape(2, 3).to(torch.bfloat16),
         "a.weight": counted[:6].reshape(3, 2).to(torch.float32),
         "scalar": torch.tensor(0.5, dtype=torch.float64),
         "empty": torch.zeros(0, 3, dtype=torch.uint8),
