@@ -45,7 +45,7 @@ def copy_tensors(
             for name in (reversed(names) if reverse else names)
         ],
     }
-    request = {
+    request: dict[str, Any] = {
         "destination": str(destination),
         "kind": "file" if is_file else "folder",
         "outputs": [output],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -131,15 +134,28 @@ def test_shards_that_are_not_files_are_refused_at_once(tmp_path: Path, command_l
     assert "m.safetensors" in done.stderr
 
 
-def test_a_shard_that_may_not_be_read(tmp_path: Path, command_line: CommandLine) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"w": "m.safetensors"}}')
-    shard = tmp_path / "m.safetensors"
-    write_shard(shard, {})
-    shard.chmod(0)
-    done = command_line("inspect", index)
-    assert done.returncode == 1, done.stderr
-    assert "Permission denied" in done.stderr
-    assert "m.safetensors" in done.stderr
+OPEN_AS_NOBODY = """
+import os, sys
+from weightpack import _rust
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    _rust.Checkpoint.open(sys.argv[1])
+except PermissionError as error:
+    print(error.filename)
+"""
+
+
+def test_a_shard_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "m.safetensors"}}')
+        shard = folder / "m.safetensors"
+        write_shard(shard, {})
+        shard.chmod(0)
+        words = [sys.executable, "-c", OPEN_AS_NOBODY, str(folder / "model.safetensors.index.json")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == str(shard), done.stderr

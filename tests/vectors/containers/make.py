@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SAFETENSORS_VERSION = "0.8.0"
 GGUF_VERSION = "0.19.0"
@@ -53,7 +54,7 @@ def gguf_files() -> dict[str, bytes]:
     import gguf
     import numpy as np
 
-    def written(endian: gguf.GGUFEndian, alignment: int | None, **split: int) -> dict[str, bytes]:
+    def written(endian: gguf.GGUFEndian, alignment: int | None, **split: Any) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
             writer = gguf.GGUFWriter(Path(folder) / "m.gguf", "llama", endianess=endian, **split)
             if alignment is not None:
