@@ -33,7 +33,7 @@ def copy_tensors(
     names = [part["name"] for tensor in described["tensors"] for part in tensor["parts"]]
     is_file = destination.suffix in (".safetensors", ".gguf")
     container = destination.suffix[1:] if is_file else "safetensors"
-    output = {
+    output: dict[str, Any] = {
         "container": container,
         "folder": "",
         "stem": destination.stem if is_file else "model",

@@ -398,6 +398,44 @@ proptest! {
     }
 
     #[test]
+    fn late_entries_of_any_length_lie_behind_each_other(
+        entries in entries(|dtype| dtype.in_safetensors(), 3),
+        late in prop::collection::vec((0u64..2000, 0.0..=1.0f64), 1..6),
+    ) {
+        let mut all = entries.clone();
+        for (number, (most, _)) in late.iter().enumerate() {
+            let name = format!("late {number}");
+            all.insert(all.len() / 2, NewEntry { name, dtype: Dtype::U8, shape: vec![*most], late: true });
+        }
+        let lengths: Vec<u64> = all
+            .iter()
+            .filter(|entry| entry.late)
+            .map(|entry| (entry.shape[0] as f64 * late[0].1) as u64)
+            .collect();
+        let metadata = NewMetadata::Text(BTreeMap::new());
+        let layout = Container::Safetensors.lay_out(all.clone(), metadata).unwrap();
+        let mut bytes = layout.header(&lengths).unwrap();
+        prop_assert_eq!(bytes.len() as u64, layout.header_bytes);
+        let most: u64 = all.iter().filter(|entry| entry.late).map(|entry| entry.shape[0]).sum();
+        bytes.resize((layout.total_bytes - most + lengths.iter().sum::<u64>()) as usize, 0);
+        let header = Container::Safetensors.read_header(&MemorySource::new("late", &bytes)).unwrap();
+        let found: BTreeMap<&str, &Entry> = header.entries.iter().map(|e| (e.name.as_str(), e)).collect();
+        let mut next = layout.total_bytes - most;
+        let mut lengths = lengths.into_iter();
+        for (entry, offset) in all.iter().zip(&layout.offsets) {
+            let stored = found[entry.name.as_str()];
+            if entry.late {
+                let length = lengths.next().unwrap();
+                prop_assert_eq!((stored.offset, stored.bytes), (next, length));
+                prop_assert_eq!(*offset, layout.total_bytes - most);
+                next += length;
+            } else {
+                prop_assert_eq!(stored.offset, *offset);
+            }
+        }
+    }
+
+    #[test]
     fn any_tensors_go_through_gguf(
         entries in entries(|dtype| dtype.ggml_id().is_some(), 4),
         pairs in values(),
