@@ -28,7 +28,7 @@ pub fn write(plan: &Plan, content: &Path, tick: &mut dyn FnMut() -> Result<()>) 
             String::from("total_size"),
             data_bytes(plan, made_index.shards.clone(), content)?.into(),
         );
-        metadata.insert(String::from("weightpack.plan"), plan.id.clone().into());
+        metadata.insert(String::from(index::PLAN_KEY), plan.id.clone().into());
         let text = index::to_json(&metadata, &made_index.weight_map)?;
         written += write_text(&path, &text, plan.options.sync)?;
     }

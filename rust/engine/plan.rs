@@ -327,7 +327,7 @@ impl Plan {
         match container {
             Container::Safetensors => {
                 let mut metadata = request::text_metadata(&output.metadata)?;
-                metadata.insert(String::from("weightpack.plan"), self.id.clone());
+                metadata.insert(String::from(io::index::PLAN_KEY), self.id.clone());
                 Ok(NewMetadata::Text(metadata))
             }
             Container::Gguf => super::metadata::gguf(&self.checkpoints, output),

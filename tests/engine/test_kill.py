@@ -67,7 +67,9 @@ def test_kill_and_resume(make_model: Callable[..., Path], tmp_path: Path, to: st
         if not target.exists():
             run("convert", source_path, target, *options, "--resume")
         assert digest(target) == expected
-        assert not [path for path in tmp_path.glob("*.partial-*") if (path / "content").exists() and not target.exists()]
+        assert not [
+            path for path in tmp_path.glob("*.partial-*") if (path / "content").exists() and not target.exists()
+        ]
         for partial in tmp_path.glob("*.partial-*"):
             remove(partial)
     assert killed > KILLS // 4

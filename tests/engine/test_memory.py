@@ -64,7 +64,9 @@ def test_gigabytes(tmp_path: Path, options: list[str], shape: str) -> None:
 
 def test_the_plan_states_the_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
     source = make_model({"layers.0.up_proj.weight": normal((512, 4096))})
-    words = command("convert", source.parent, tmp_path / "out", "--to", "nf4", "--layers", "names", "--max-memory", "1MB")
+    words = command(
+        "convert", source.parent, tmp_path / "out", "--to", "nf4", "--layers", "names", "--max-memory", "1MB"
+    )
     words += ["--dry-run", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
