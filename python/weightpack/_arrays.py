@@ -64,7 +64,7 @@ def view(array: Any) -> Bytes:
     given = np.asarray(array)
     if not given.dtype.isnative:
         given = given.astype(given.dtype.newbyteorder("="))
-    dense = np.ascontiguousarray(given)
+    dense = given if given.flags.c_contiguous else given.copy()
     name = _NAMES.get(given.dtype.name)
     if name is None and given.dtype.hasobject:
         raise FormatError(f"array of dtype {given.dtype} holds no numbers")

@@ -89,7 +89,7 @@ def quantize(
     layout = json.loads(_rust.layout(format, list(weights.shape), text))
     parts = []
     for component in layout:
-        shape, dtype = _stored(component)
+        shape, dtype = _stored(format, component)
         parts.append(_arrays.empty(shape, dtype, torch=weights.is_torch))
     lengths = _rust.encode(
         format,
@@ -227,26 +227,30 @@ def _like(seen: _arrays.Bytes, array: Any) -> Any:
     return _arrays.as_torch(array) if seen.is_torch else array
 
 
-def _stored(component: dict[str, Any]) -> tuple[list[int], str]:
+def _stored(format: str, component: dict[str, Any]) -> tuple[list[int], str]:
     """Shape and element type of a component as an array; GGUF blocks are uint8 rows."""
     shape, dtype = list(component["shape"]), component["dtype"]
     if dtype in _arrays.ELEMENT_TYPES:
         return shape, dtype
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    return [*shape[:-1], component["bytes"] // rows if rows else 0], "U8"
+    return [*shape[:-1], shape[-1] * _main_of_256(format)["bytes"] // 256], "U8"
 
 
 def _shape(format: str, main: _arrays.Bytes) -> list[int]:
     """The shape of the weights, from that of the main component."""
-    # 256 weights are a whole number of blocks of every GGUF type.
-    row = json.loads(_rust.layout(format, [1, 256], "{}"))[0]
-    if row["suffix"] == "" and row["dtype"] == "U8":
-        raise ConfigError(f"{format}: shape is needed to decode without quant_state")
-    if row["dtype"] in _arrays.ELEMENT_TYPES:
+    row = _main_of_256(format)
+    if row["shape"] == [1, 256] and row["dtype"] in _arrays.ELEMENT_TYPES:
         return list(main.shape)
+    if row["dtype"] in _arrays.ELEMENT_TYPES:
+        raise ConfigError(f"{format}: shape is needed to decode without quant_state")
     if not main.shape or main.shape[-1] * 256 % row["bytes"]:
         raise FormatError(f"{format}: shape {list(main.shape)} does not hold rows of whole blocks")
     return [*main.shape[:-1], main.shape[-1] * 256 // row["bytes"]]
+
+
+def _main_of_256(format: str) -> dict[str, Any]:
+    """The main component of one row of 256 weights: a whole number of blocks of every GGUF type."""
+    main: dict[str, Any] = json.loads(_rust.layout(format, [1, 256], "{}"))[0]
+    return main
 
 
 def _quant_state(array: Any) -> dict[str, Any]:

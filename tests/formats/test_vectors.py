@@ -1,0 +1,32 @@
+"""Golden vectors of the formats, from Python, without the peers."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import weightpack as wp
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FOLDER = Path(__file__).parents[1] / "vectors" / "formats"
+FILES = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+CASES = [
+    pytest.param(case, id=f"{file['peer']}-{file['version']} {case['format']} {case['dtype']} {case['note']}")
+    for file in FILES
+    for case in file["cases"]
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vector(case):
+    source = np.frombuffer(bytes.fromhex(case["source"]), DTYPES[case["dtype"]]).reshape(case["shape"])
+    parts = wp.quantize(source, case["format"], **case["params"])
+    assert set(parts) == set(case["components"])
+    for name, expected in case["components"].items():
+        assert parts[name].tobytes().hex() == expected["data"], name
+        assert list(parts[name].shape) == expected["shape"], name
+    decoded = wp.dequantize(parts, case["format"])
+    assert decoded.shape == source.shape
+    assert decoded.tobytes().hex() == case["decoded"]

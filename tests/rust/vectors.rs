@@ -1,0 +1,249 @@
+//! Golden vectors of the formats (`tests/vectors/formats`), written by `tests/vectors/make.py` from
+//! the peer libraries; and what holds for arrays in every format.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::path::Path;
+
+use serde_json::Value;
+use weightpack::dtype::Dtype;
+use weightpack::engine::array::{decode_array, encode_array, Options};
+use weightpack::formats::{self, Layout, Params};
+
+struct Case {
+    name: String,
+    layout: Layout,
+    format: &'static dyn formats::Format,
+    dtype: Dtype,
+    source: Vec<u8>,
+    /// Name, type, shape and bytes.
+    components: Vec<(String, String, Vec<u64>, Vec<u8>)>,
+    decoded: Vec<u8>,
+}
+
+fn bytes(hex: &Value) -> Vec<u8> {
+    let hex = hex.as_str().unwrap();
+    (0..hex.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+        .collect()
+}
+
+fn shape(list: &Value) -> Vec<u64> {
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|dim| dim.as_u64().unwrap())
+        .collect()
+}
+
+fn cases(peer: &str) -> Vec<Case> {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/vectors/formats/{peer}.json"));
+    let file: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let case = |case: &Value| {
+        let format = formats::find(case["format"].as_str().unwrap()).unwrap();
+        let dtype = Dtype::from_name(case["dtype"].as_str().unwrap()).unwrap();
+        let params = Params {
+            block_size: case["params"]["block_size"].as_u64(),
+            double_quant: case["params"]["double_quant"].as_bool().unwrap_or(false),
+            dtype,
+            ..Params::default()
+        };
+        let components = case["components"].as_object().unwrap();
+        Case {
+            name: format!("{peer} {}: {}", case["format"], case["note"]),
+            layout: format.layout(&shape(&case["shape"]), &params).unwrap(),
+            format,
+            dtype,
+            source: bytes(&case["source"]),
+            components: components
+                .iter()
+                .map(|(name, part)| {
+                    let dtype = part["dtype"].as_str().unwrap().to_owned();
+                    (
+                        name.clone(),
+                        dtype,
+                        shape(&part["shape"]),
+                        bytes(&part["data"]),
+                    )
+                })
+                .collect(),
+            decoded: bytes(&case["decoded"]),
+        }
+    };
+    file["cases"].as_array().unwrap().iter().map(case).collect()
+}
+
+fn all_cases() -> Vec<Case> {
+    ["bitsandbytes", "gguf", "ml_dtypes"]
+        .into_iter()
+        .flat_map(cases)
+        .collect()
+}
+
+#[test]
+fn encoding_gives_the_bytes_of_the_peer() {
+    for mut case in all_cases() {
+        let mut parts: Vec<Vec<u8>> = (0..case.layout.components.len())
+            .map(|index| vec![0xaa; case.layout.component_bytes(index).unwrap() as usize])
+            .collect();
+        let mut out: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
+        let lengths = encode_array(
+            case.format,
+            &mut case.layout,
+            case.dtype,
+            &case.source,
+            &mut out,
+            Options::default(),
+        )
+        .unwrap();
+        assert_eq!(parts.len(), case.components.len(), "{}", case.name);
+        for (name, dtype, shape, expected) in &case.components {
+            let index = case
+                .layout
+                .components
+                .iter()
+                .position(|part| part.suffix == *name);
+            let index = index.unwrap_or_else(|| panic!("{}: no component {name}", case.name));
+            let component = &case.layout.components[index];
+            if !component.dtype.is_block() {
+                assert_eq!(component.dtype.name(), *dtype, "{} {name}", case.name);
+                if lengths[index] == parts[index].len() as u64 {
+                    assert_eq!(component.shape, *shape, "{} {name}", case.name);
+                }
+            }
+            let got = &parts[index][..lengths[index] as usize];
+            assert_eq!(got, expected, "{} {name}", case.name);
+        }
+    }
+}
+
+#[test]
+fn decoding_gives_the_weights_of_the_peer() {
+    for mut case in all_cases() {
+        let part = |suffix: &str| {
+            let part = case.components.iter().find(|(name, ..)| name == suffix);
+            part.map(|(.., bytes)| bytes.as_slice()).unwrap()
+        };
+        let state = case
+            .layout
+            .components
+            .iter()
+            .find(|part| part.suffix.starts_with("quant_state"));
+        if let Some(state) = state {
+            let state = formats::read_quant_state(part(&state.suffix)).unwrap();
+            assert_eq!(state.format, case.format.info().name);
+            assert_eq!(state.shape, case.layout.shape, "{}", case.name);
+            case.layout.params.nested_offset = state.params.nested_offset;
+            assert_eq!(state.params, case.layout.params, "{}", case.name);
+        }
+        let parts: Vec<&[u8]> = case
+            .layout
+            .components
+            .iter()
+            .map(|c| part(&c.suffix))
+            .collect();
+        let mut decoded = vec![0xaa; case.decoded.len()];
+        decode_array(
+            case.format,
+            &case.layout,
+            &parts,
+            Dtype::F32,
+            &mut decoded,
+            Options::default(),
+        )
+        .unwrap();
+        assert_eq!(decoded, case.decoded, "{}", case.name);
+    }
+}
+
+#[test]
+fn every_format_has_a_vector() {
+    let cases = all_cases();
+    for format in formats::FORMATS {
+        let name = format.info().name;
+        assert!(
+            cases.iter().any(|case| case.format.info().name == name),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let weights: Vec<u8> = (0..1_100_000u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e7 - 0.8)
+        .flat_map(f32::to_le_bytes)
+        .collect();
+    for format in formats::FORMATS {
+        for double_quant in [false, true] {
+            let params = Params {
+                double_quant,
+                ..Params::default()
+            };
+            let Ok(layout) = format.layout(&[1100, 1000 / 32 * 32], &params) else {
+                continue;
+            };
+            let source = &weights[..4 * layout.weights as usize];
+            let encode = |threads| {
+                let mut layout = layout.clone();
+                let mut parts: Vec<Vec<u8>> = (0..layout.components.len())
+                    .map(|index| vec![0; layout.component_bytes(index).unwrap() as usize])
+                    .collect();
+                let mut out: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
+                let options = Options {
+                    threads: Some(threads),
+                    ..Options::default()
+                };
+                let lengths =
+                    encode_array(*format, &mut layout, Dtype::F32, source, &mut out, options)
+                        .unwrap();
+                let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+                let mut decoded = vec![0; 2 * layout.weights as usize];
+                decode_array(
+                    *format,
+                    &layout,
+                    &slices,
+                    Dtype::BF16,
+                    &mut decoded,
+                    options,
+                )
+                .unwrap();
+                (parts, lengths, decoded)
+            };
+            let one = encode(1);
+            for threads in [2, 3, 8] {
+                assert!(encode(threads) == one, "{} {threads}", format.info().name);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_weight_that_is_not_finite_is_named_whatever_the_threads() {
+    let mut weights = vec![0.5f32; 1 << 20];
+    for at in [400_000, 700_000, 1_000_000] {
+        weights[at] = f32::NAN;
+    }
+    let source: Vec<u8> = weights.into_iter().flat_map(f32::to_le_bytes).collect();
+    let format = formats::find("q8_0").unwrap();
+    for threads in [1, 4] {
+        let mut layout = format.layout(&[1024, 1024], &Params::default()).unwrap();
+        let mut blocks = vec![0; layout.component_bytes(0).unwrap() as usize];
+        let options = Options {
+            threads: Some(threads),
+            ..Options::default()
+        };
+        let error = encode_array(
+            format,
+            &mut layout,
+            Dtype::F32,
+            &source,
+            &mut [&mut blocks],
+            options,
+        );
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("400000"), "{text}");
+    }
+}
