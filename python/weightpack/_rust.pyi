@@ -5,10 +5,24 @@ Structured arguments and results cross as JSON text; `weightpack.convert`, `weig
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
+
+__all__ = [
+    "Checkpoint",
+    "Plan",
+    "__version__",
+    "decode",
+    "diff",
+    "encode",
+    "formats",
+    "layout",
+    "pack_int4",
+    "unpack_int4",
+]
 
 __version__: str
 
@@ -43,6 +57,8 @@ def decode(
 def pack_int4(codes: NDArray[np.uint8], order: str) -> NDArray[np.uint8]: ...
 def unpack_int4(packed: NDArray[np.uint8], order: str, count: int) -> NDArray[np.uint8]: ...
 
+@final
+@disjoint_base
 class Checkpoint:
     """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""
 
@@ -54,7 +70,8 @@ class Checkpoint:
         """JSON object:
         container: "safetensors" | "gguf"; big_endian: bool; warnings: [str];
         files: [{path, bytes, header_bytes}];
-        tensors: [{name, shape, dtype, format, weights, stored_bytes, file (index), parts: [{name, dtype, shape, bytes}]}]
+        tensors: [{name, shape, dtype, format, weights, stored_bytes, file (index),
+                   parts: [{name, dtype, shape, bytes}]}]
         A packed weight and its statistics are one tensor; `format` is null where none decodes it, and
         `dtype` is the element type that decoding gives back (the stored type for plain ones).
         """
@@ -68,6 +85,8 @@ class Checkpoint:
     def read(self, name: str, out: NDArray[np.uint8], dtype: str, threads: int | None) -> None:
         """Decodes one tensor into `out`, rounded once to `dtype`; a stored integer type is copied as it is."""
 
+@final
+@disjoint_base
 class Plan:
     """A conversion, complete and checked before the first byte is written."""
 

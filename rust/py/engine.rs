@@ -123,7 +123,7 @@ impl Checkpoint {
         }
     }
 
-    #[pyo3(signature = (name, out, dtype, threads=None))]
+    #[pyo3(signature = (name, out, dtype, threads))]
     fn read(
         &self,
         py: Python<'_>,
@@ -241,7 +241,7 @@ impl Plan {
         to_json(&value)
     }
 
-    #[pyo3(signature = (*, overwrite, resume, on_progress=None))]
+    #[pyo3(signature = (*, overwrite, resume, on_progress))]
     fn run(
         &self,
         py: Python<'_>,
@@ -260,7 +260,7 @@ impl Plan {
 
 /// See `_rust.pyi`.
 #[pyfunction]
-#[pyo3(signature = (a, b, pairs, threads=None, on_progress=None))]
+#[pyo3(signature = (a, b, pairs, threads, on_progress))]
 pub fn diff(
     py: Python<'_>,
     a: &Checkpoint,
