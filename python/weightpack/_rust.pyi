@@ -9,7 +9,6 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import disjoint_base
 
 __all__ = [
     "Checkpoint",
@@ -58,7 +57,6 @@ def pack_int4(codes: NDArray[np.uint8], order: str) -> NDArray[np.uint8]: ...
 def unpack_int4(packed: NDArray[np.uint8], order: str, count: int) -> NDArray[np.uint8]: ...
 
 @final
-@disjoint_base
 class Checkpoint:
     """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""
 
@@ -86,7 +84,6 @@ class Checkpoint:
         """Decodes one tensor into `out`, rounded once to `dtype`; a stored integer type is copied as it is."""
 
 @final
-@disjoint_base
 class Plan:
     """A conversion, complete and checked before the first byte is written."""
 
