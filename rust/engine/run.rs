@@ -19,7 +19,7 @@ use super::pool::{self, lock, Stop};
 use super::preflight;
 use super::report::{Report, Totals};
 use super::slab::{self, Packed, Scratch, Task};
-use super::workspace::{Left, Workspace};
+use super::workspace::Workspace;
 
 /// How a run treats what it finds.
 #[derive(Debug, Clone, Copy, Default)]
@@ -80,33 +80,28 @@ pub fn run(
     tick: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<Report> {
     let started = Instant::now();
-    preflight::check_destination(plan, choices.overwrite)?;
     let begin = Line::Begin {
         plan: plan.id.clone(),
         sources: plan.source_state.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    preflight::check_space(plan)?;
-    let (workspace, mut journal, left) = Workspace::open(
-        &plan.destination,
-        plan.kind,
-        &plan.id,
-        &begin,
-        choices.resume,
-    )?;
-    let lines = match left {
-        Left::Nothing => Vec::new(),
-        Left::Lines(lines) => lines,
-        Left::Committed(lines) => {
+    let (destination, kind) = (plan.destination.as_path(), plan.kind);
+    if choices.resume {
+        if let Some((workspace, lines)) = Workspace::committed(destination, kind, &plan.id, &begin)?
+        {
+            workspace.remove()?;
             let done = keeper::read_lines(plan, lines);
             let totals = Totals {
                 resumed_bytes: plan.output_bytes(),
                 ..Totals::default()
             };
-            workspace.remove()?;
             return Ok(Report::new(plan, &done, &totals, started.elapsed()));
         }
-    };
+    }
+    preflight::check_destination(plan, choices.overwrite)?;
+    preflight::check_space(plan)?;
+    let (workspace, mut journal, lines) =
+        Workspace::open(destination, kind, &plan.id, &begin, choices.resume)?;
     match fill(plan, &workspace, &mut journal, lines, tick) {
         Ok((done, totals)) => {
             workspace.commit(&mut journal, plan.options.sync)?;

@@ -29,48 +29,20 @@ pub struct Workspace {
     _lock: File,
 }
 
-/// What an earlier run left.
-pub enum Left {
-    /// Nothing to go on from.
-    Nothing,
-    /// Lines of a journal whose conversion is the same.
-    Lines(Vec<Line>),
-    /// The earlier run had committed already; nothing is left to do.
-    Committed(Vec<Line>),
-}
-
 impl Workspace {
-    /// Makes or takes over the folder for plan `id`. Without `resume` an earlier run's is removed.
+    /// Makes or takes over the folder for plan `id`, and gives the lines of an earlier run's journal
+    /// if there is something to resume. Without `resume` what an earlier run left is removed.
     pub fn open(
         destination: &Path,
         kind: Kind,
         id: &str,
         begin: &Line,
         resume: bool,
-    ) -> Result<(Self, Journal, Left)> {
-        let folder = partial_path(destination, id);
-        fs::create_dir_all(&folder).map_err(|error| Error::io("cannot create", &folder, error))?;
-        let lock_path = folder.join("lock");
-        let lock = File::create(&lock_path)
-            .map_err(|error| Error::io("cannot create", &lock_path, error))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
-            |_| Error::config("another process is writing this conversion").file(&folder),
-        )?;
-        let workspace = Workspace {
-            destination: destination.to_owned(),
-            kind,
-            folder,
-            _lock: lock,
-        };
-        let journal_path = workspace.folder.join("journal");
+    ) -> Result<(Self, Journal, Vec<Line>)> {
+        let workspace = Self::lock(destination, kind, id)?;
         if resume {
-            if let Some((journal, lines)) = Journal::reopen(&journal_path, begin)? {
-                let left = if workspace.was_committed(&lines) {
-                    Left::Committed(lines)
-                } else {
-                    Left::Lines(lines)
-                };
-                return Ok((workspace, journal, left));
+            if let Some((journal, lines)) = Journal::reopen(&workspace.journal(), begin)? {
+                return Ok((workspace, journal, lines));
             }
         }
         let content = workspace.content();
@@ -79,8 +51,46 @@ impl Workspace {
                 .map_err(|error| Error::io("cannot remove", &content, error))?;
         }
         fs::create_dir(&content).map_err(|error| Error::io("cannot create", &content, error))?;
-        let journal = Journal::create(&journal_path, begin)?;
-        Ok((workspace, journal, Left::Nothing))
+        let journal = Journal::create(&workspace.journal(), begin)?;
+        Ok((workspace, journal, Vec::new()))
+    }
+
+    /// The folder of an earlier run that was stopped after its result had taken the destination's
+    /// place, with its journal: nothing is left to do but to remove it.
+    pub fn committed(
+        destination: &Path,
+        kind: Kind,
+        id: &str,
+        begin: &Line,
+    ) -> Result<Option<(Self, Vec<Line>)>> {
+        if !partial_path(destination, id).is_dir() {
+            return Ok(None);
+        }
+        let workspace = Self::lock(destination, kind, id)?;
+        let left = Journal::reopen(&workspace.journal(), begin)?;
+        Ok(left
+            .filter(|(_, lines)| workspace.was_committed(lines))
+            .map(|(_, lines)| (workspace, lines)))
+    }
+
+    fn lock(destination: &Path, kind: Kind, id: &str) -> Result<Self> {
+        let folder = partial_path(destination, id);
+        fs::create_dir_all(&folder).map_err(|error| Error::io("cannot create", &folder, error))?;
+        let path = folder.join("lock");
+        let lock = File::create(&path).map_err(|error| Error::io("cannot create", &path, error))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+            |_| Error::config("another process is writing this conversion").file(&folder),
+        )?;
+        Ok(Workspace {
+            destination: destination.to_owned(),
+            kind,
+            folder,
+            _lock: lock,
+        })
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.folder.join("journal")
     }
 
     /// The folder whose content becomes the destination.
@@ -161,4 +171,46 @@ pub fn existing_parent(path: &Path) -> &Path {
         .skip(1)
         .find(|folder| folder.is_dir())
         .unwrap_or(Path::new("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begin() -> Line {
+        Line::Begin {
+            plan: "0123456789abcdef".into(),
+            sources: "s".into(),
+            version: "v".into(),
+        }
+    }
+
+    #[test]
+    fn a_run_stopped_between_its_commit_and_its_cleaning_is_known_as_committed() {
+        let folder = tempfile::tempdir().unwrap();
+        let destination = folder.path().join("out");
+        fs::create_dir(&destination).unwrap();
+        let id = "0123456789abcdef";
+        let known = || {
+            Workspace::committed(&destination, Kind::Folder, id, &begin())
+                .map(|left| left.is_some())
+        };
+        assert!(!known().unwrap());
+
+        let (workspace, mut journal, lines) =
+            Workspace::open(&destination, Kind::Folder, id, &begin(), false).unwrap();
+        assert!(lines.is_empty());
+        fs::write(workspace.content().join("new"), "").unwrap();
+        // Locked: a second writer is told so.
+        assert!(matches!(known(), Err(Error::Config(_))));
+        let inode = fs::metadata(workspace.content()).unwrap().ino();
+        journal.append(&[Line::Committing { inode }]).unwrap();
+        drop(workspace);
+        assert!(!known().unwrap());
+
+        let content = partial_path(&destination, id).join("content");
+        file::exchange(&content, &destination).unwrap();
+        assert!(known().unwrap());
+        assert!(destination.join("new").exists());
+    }
 }
