@@ -112,7 +112,8 @@ pub fn encode_array(
 }
 
 /// Decodes one buffer per component of `layout` into `out`, rounding each weight once to `dtype`.
-/// Only components that are cut into tiles are looked at; the others may be empty.
+/// Components that are not cut into tiles may be empty; a code table that is there must be the
+/// format's own.
 pub fn decode_array(
     format: &dyn Format,
     layout: &Layout,
@@ -139,6 +140,17 @@ pub fn decode_array(
             layout.component_bytes(index)?,
             components[index].len(),
         )?;
+    }
+    for (index, expected) in format.whole(layout, &[])? {
+        let component = &layout.components[index];
+        let given = components[index];
+        if component.is_constant() && !given.is_empty() && given != expected {
+            return Err(Error::unsupported(format!(
+                "component \"{}\" differs from the table of {}",
+                component.suffix,
+                format.info().name
+            )));
+        }
     }
     let to_odd = matches!(dtype, Dtype::F16 | Dtype::BF16);
     let weight_bytes = dtype.alignment();

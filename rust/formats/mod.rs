@@ -15,6 +15,7 @@
 mod blocks;
 #[doc(hidden)]
 pub mod bnb4;
+mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
 #[doc(hidden)]
@@ -28,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::{kernels, shape};
 
 pub use blocks::Block;
-pub use bnb4::{read_quant_state, QuantState};
+pub use bnb4_state::{read_quant_state, QuantState};
 
 pub use crate::kernels::ErrorSums;
 
@@ -136,6 +137,14 @@ pub struct Component {
 }
 
 impl Component {
+    /// Whether the format alone decides what this array holds (a code table, a layout number).
+    pub fn is_constant(&self) -> bool {
+        matches!(
+            self.suffix.as_ref(),
+            "quant_map" | "nested_quant_map" | "weight_format"
+        )
+    }
+
     /// Name of this array in the file, for a tensor called `base`.
     pub fn stored_name(&self, base: &str) -> String {
         match (self.suffix.as_ref(), self.sibling) {

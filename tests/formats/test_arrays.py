@@ -156,6 +156,11 @@ def test_what_does_not_fit_is_told():
     broken = np.frombuffer(b"{", np.uint8)
     with pytest.raises(CheckpointError, match="quant_state is not JSON"):
         wp.dequantize({**parts, "quant_state.bitsandbytes__nf4": broken}, "nf4")
+    for name, params in (("quant_map", {}), ("nested_quant_map", {"double_quant": True})):
+        other = wp.quantize(source, "nf4", **params)
+        other[name] = other[name] * np.float32(0.5)
+        with pytest.raises(UnsupportedError, match=f'component "{name}" differs from the table of bitsandbytes:nf4'):
+            wp.dequantize(other, "nf4")
     with pytest.raises(ConfigError, match="dtype int8 is not"):
         wp.dequantize(parts, "nf4", dtype="int8")
     with pytest.raises(FormatError, match="does not hold rows of whole blocks"):
