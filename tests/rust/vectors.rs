@@ -1,5 +1,5 @@
 //! Golden vectors of the formats (`tests/vectors/formats`), written by `tests/vectors/make.py` from
-//! the peer libraries; and what holds for arrays in every format.
+//! the peer libraries.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -167,83 +167,5 @@ fn every_format_has_a_vector() {
             cases.iter().any(|case| case.format.info().name == name),
             "{name}"
         );
-    }
-}
-
-#[test]
-fn threads_change_nothing() {
-    let weights: Vec<u8> = (0..1_100_000u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e7 - 0.8)
-        .flat_map(f32::to_le_bytes)
-        .collect();
-    for format in formats::FORMATS {
-        for double_quant in [false, true] {
-            let params = Params {
-                double_quant,
-                ..Params::default()
-            };
-            let Ok(layout) = format.layout(&[1100, 1000 / 32 * 32], &params) else {
-                continue;
-            };
-            let source = &weights[..4 * layout.weights as usize];
-            let encode = |threads| {
-                let mut layout = layout.clone();
-                let mut parts: Vec<Vec<u8>> = (0..layout.components.len())
-                    .map(|index| vec![0; layout.component_bytes(index).unwrap() as usize])
-                    .collect();
-                let mut out: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
-                let options = Options {
-                    threads: Some(threads),
-                    ..Options::default()
-                };
-                let lengths =
-                    encode_array(*format, &mut layout, Dtype::F32, source, &mut out, options)
-                        .unwrap();
-                let slices: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
-                let mut decoded = vec![0; 2 * layout.weights as usize];
-                decode_array(
-                    *format,
-                    &layout,
-                    &slices,
-                    Dtype::BF16,
-                    &mut decoded,
-                    options,
-                )
-                .unwrap();
-                (parts, lengths, decoded)
-            };
-            let one = encode(1);
-            for threads in [2, 3, 8] {
-                assert!(encode(threads) == one, "{} {threads}", format.info().name);
-            }
-        }
-    }
-}
-
-#[test]
-fn the_first_weight_that_is_not_finite_is_named_whatever_the_threads() {
-    let mut weights = vec![0.5f32; 1 << 20];
-    for at in [400_000, 700_000, 1_000_000] {
-        weights[at] = f32::NAN;
-    }
-    let source: Vec<u8> = weights.into_iter().flat_map(f32::to_le_bytes).collect();
-    let format = formats::find("q8_0").unwrap();
-    for threads in [1, 4] {
-        let mut layout = format.layout(&[1024, 1024], &Params::default()).unwrap();
-        let mut blocks = vec![0; layout.component_bytes(0).unwrap() as usize];
-        let options = Options {
-            threads: Some(threads),
-            ..Options::default()
-        };
-        let error = encode_array(
-            format,
-            &mut layout,
-            Dtype::F32,
-            &source,
-            &mut [&mut blocks],
-            options,
-        );
-        let text = error.unwrap_err().to_string();
-        assert!(text.contains("400000"), "{text}");
     }
 }
