@@ -84,8 +84,8 @@ proptest! {
             for (x, y) in weights.chunks(group).zip(decoded.chunks(group)) {
                 let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
                 for (x, y) in x.iter().zip(y) {
-                    // Below the smallest f16 numbers, steps stop shrinking.
-                    prop_assert!((x - y).abs() <= bound(name) * most + 1e-6, "{name}: {x} came back as {y}");
+                    // The steps of a small f16 scale stop shrinking: 127 times half of 2^-24.
+                    prop_assert!((x - y).abs() <= bound(name) * most + 4e-6, "{name}: {x} came back as {y}");
                 }
             }
         }
