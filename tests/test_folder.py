@@ -156,11 +156,14 @@ def test_a_component_that_is_not_converted_keeps_its_weights(tmp_path):
 
 
 def test_links_are_followed_to_files_only(tmp_path):
-    outside = touch(tmp_path / "blobs", "abc") / "abc"
-    folder = touch(tmp_path / "snapshot", "model.safetensors")
-    (folder / "tokenizer.json").symlink_to(outside)
-    carried, _ = carried_files(folder)
-    assert [(item.path, item.source) for item in carried] == [("tokenizer.json", outside.resolve())]
+    blobs = touch(tmp_path / "blobs", "abc", "def", "123")
+    folder = touch(tmp_path / "snapshot")
+    folder.mkdir()
+    for name, blob in (("tokenizer.json", "abc"), ("model.safetensors", "def"), ("config.json", "123")):
+        (folder / name).symlink_to(blobs / blob)
+    carried, left_out = carried_files(folder)
+    assert [(item.path, item.source) for item in carried] == [("tokenizer.json", (blobs / "abc").resolve())]
+    assert left_out == ["model.safetensors"]
     (folder / "more").symlink_to(tmp_path / "blobs")
     with pytest.raises(CheckpointError, match="not a regular file"):
         carried_files(folder)

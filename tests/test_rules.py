@@ -95,6 +95,7 @@ def test_bitsandbytes_packs_linear_layers_and_copies_the_rest():
         ("encoder.embeddings.position_embeddings.weight", (64, 64), "embedding"),
         ("embed_tokens.0.weight", (64, 64), "embedding"),
         ("shared.weight", (64, 64), "embedding"),
+        ("mask_decoder.mask_tokens.weight", (4, 64), "embedding"),
         ("block.0.SelfAttention.relative_attention_bias.weight", (64, 64), "embedding"),
         ("h.0.ln_1.weight", (64,), "norm, bias or other vector"),
         ("visual.conv1.weight", (64, 64), "convolution"),
@@ -133,6 +134,12 @@ def test_conv1d_is_kept_in_the_gpt2_family_and_where_the_family_is_unknown():
     assert by_name(weight, {"model_type": "gpt2"}).tensors[weight[0].name].kind == "conv1d"
     assert by_name(weight, None).tensors[weight[0].name].kind == "conv1d"
     assert by_name(weight, {"model_type": "gpt_bigcode"}).tensors[weight[0].name].kind == "linear"
+
+
+def test_the_output_of_an_attention_of_torch_is_kept():
+    weights = [entry(f"head.attention.{leaf}", 64, 64) for leaf in ("in_proj_weight", "out_proj.weight")]
+    weights += [entry("block.attention.out_proj.weight", 64, 64)]
+    assert [d.format for d in decide(weights, "nf4").tensors] == ["copy", "copy", "bitsandbytes:nf4"]
 
 
 def test_t5_output_projections_stay_because_the_host_keeps_them_in_float32():

@@ -377,14 +377,32 @@ def _output(
         ],
     }
     if container == "gguf":
-        pairs = model_config.gguf_metadata(decided.tensors, model.config, model.component or model.weights.parent.name)
+        pairs = model_config.gguf_metadata(decided.tensors, model.config, _name(model))
         if checkpoint.container == "gguf":
             output["metadata_from"] = number
             pairs = [pair for pair in pairs if pair[0] not in ("general.architecture", "general.name")]
         output["metadata"] = [list(pair) for pair in pairs]
     else:
-        output["metadata"] = {"format": "pt"}
+        output["metadata"] = {**_text_metadata(checkpoint), "format": "pt"}
     return output
+
+
+def _text_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a single safetensors file says about itself, apart from what only holds for its bytes."""
+    if checkpoint.container != "safetensors" or len(checkpoint.files) != 1:
+        return {}
+    return {
+        key: value
+        for key, value in checkpoint.metadata.items()
+        if isinstance(value, str) and not key.startswith("weightpack.")
+    }
+
+
+def _name(model: Model) -> str:
+    """The name of a model, for people."""
+    if model.component:
+        return model.component
+    return model.folder.resolve().name if model.folder is not None else model.weights.name.partition(".")[0]
 
 
 def _stem(model: Model) -> str:
@@ -483,11 +501,17 @@ def _done(planned: ConvertReport, run: Mapping[str, Any]) -> ConvertReport:
         )
         for tensor, row in zip(planned.tensors, run["tensors"], strict=True)
     )
+    sizes = {row["path"]: row["bytes"] for row in run["files"]}
+    folder = Path(planned.destination)
+    files = tuple(
+        replace(file, bytes=sizes.get(file.path, file.bytes) or (folder / file.path).stat().st_size)
+        for file in planned.files
+    )
     return replace(
         planned,
         tensors=tensors,
-        files=tuple(FileReport(row["path"], row["bytes"]) for row in run["files"]),
-        output_bytes=run["written_bytes"],
+        files=files,
+        output_bytes=sum(file.bytes or 0 for file in files),
         seconds=run["seconds"],
         read_bytes=run["read_bytes"],
         written_bytes=run["written_bytes"],

@@ -122,7 +122,8 @@ def carried_files(
     names = {entry.name for entry in os.scandir(folder)}
     has_safetensors = any(name.endswith(".safetensors") for name in names)
     for relative, path in _walk(folder, left_out, prefix, only_files=only_files):
-        name = path.name
+        # A link in a download cache leads to a file with a hash for a name.
+        name = relative.rpartition("/")[2]
         at_top = "/" not in relative
         if at_top and not whole and (name == CONFIG or _is_weights(name)):
             if name != CONFIG:

@@ -12,7 +12,8 @@ number) is none of these:
 
 | taken for | own name |
 |---|---|
-| embedding | contains `embed`, `position` or `relative_attention_bias`; `emb`, `wte`, `wpe`, `shared`, `codebook` |
+| embedding | contains `embed`, `position` or `relative_attention_bias`; ends in `token` or `tokens` |
+| | `emb`, `wte`, `wpe`, `shared`, `codebook` |
 | norm | contains `norm`, or starts with `ln_` |
 | convolution | contains `conv` |
 | output layer | `lm_head`, `embed_out`, `score`, `classifier`, `qa_outputs` |
@@ -21,6 +22,7 @@ number) is none of these:
 | one of many experts | below a segment `experts` (transformers 5 merges them when loading) |
 | transposed layer | `c_attn`, `c_proj`, `c_fc`, `q_attn`, in the GPT-2 family or where the family is unknown |
 | float32 layer | `wo` in the T5 family; below `qformer` in the BLIP-2 family |
+| layer of another class | any in the Falcon family; `out_proj` beside an `in_proj_weight` (`nn.MultiheadAttention`) |
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ _REASONS = {
     "expert": "one of many experts, which transformers 5 merges when loading",
     "conv1d": "Conv1D, which transformers packs transposed",
     "float32": "layer that its host keeps in float32",
+    "class": "linear layer of a class of its own, which transformers does not pack",
     "merged": "transformers builds the parameter from several tensors when loading",
     "renamed": "transformers renames it when loading, and not its statistics",
     "unknown": "not a parameter of the model class",
@@ -66,6 +69,7 @@ _REASONS = {
 _CONV1D_FAMILY = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt_sw3", "dialogpt"}
 _T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "udop", "pop2piano", "switch_transformers", "t5gemma"}
 _BLIP_FAMILY = {"blip-2", "instructblip", "instructblipvideo"}
+_OWN_CLASS_FAMILY = {"falcon"}
 _HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs"}
 _EMBEDDINGS = {"emb", "wte", "wpe", "shared", "codebook"}
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -156,8 +160,12 @@ def by_name(entries: Iterable[Entry], config: Mapping[str, Any] | None, doubt: s
     family = None if config is None else str(config.get("model_type", ""))
     tensors = {}
     linears = set()
+    entries = list(entries)
+    attentions = {e.name.removesuffix("in_proj_weight") for e in entries if e.name.endswith("in_proj_weight")}
     for entry in entries:
         layer = classify(entry, family)
+        if layer.kind == LINEAR and layer.module.removesuffix("out_proj") in attentions:
+            layer = _layer("class", layer.module)
         tensors[entry.name] = layer
         # Every matrix that might be a linear layer is listed as kept: that is always safe.
         if len(entry.shape) == 2 and entry.is_float and entry.name.endswith(".weight"):
@@ -213,12 +221,14 @@ def _kind(entry: Entry, module: str, leaf: str, family: str | None) -> str:
         return "float32"
     if family in _BLIP_FAMILY and "qformer" in segments:
         return "float32"
+    if family in _OWN_CLASS_FAMILY:
+        return "class"
     return LINEAR
 
 
 def is_embedding(name: str) -> bool:
     """Whether a layer's own name says that it is an embedding."""
-    if name in _EMBEDDINGS or "embed" in name:
+    if name in _EMBEDDINGS or "embed" in name or name.endswith(("token", "tokens")):
         return True
     return "position" in name or "relative_attention_bias" in name
 

@@ -123,6 +123,10 @@ def test_a_dry_run_says_what_the_run_does(llama_folder, tmp_path):
     for file in plan.files:
         if file.bytes is not None:
             assert (tmp_path / "out" / file.path).stat().st_size == file.bytes
+    assert {file.path: file.bytes for file in done.files} == {
+        path.relative_to(tmp_path / "out").as_posix(): path.stat().st_size for path in paths
+    }
+    assert done.output_bytes == sum(path.stat().st_size for path in paths)
 
 
 def test_progress_is_called_and_may_stop_everything(make_model, tmp_path):
@@ -241,3 +245,12 @@ def test_a_source_that_cannot_be_held_by_gguf(make_model, tmp_path):
     with pytest.raises(UnsupportedError, match=r'at most 4 dimensions, got 5 \(tensor "video.weight"'):
         weightpack.convert(source, tmp_path / "out.gguf", "q8_0")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_a_file_says_about_itself_stays(llama_folder, tmp_path):
+    from ..conftest import write_safetensors as write
+
+    write(tmp_path / "x.safetensors", {"a.weight": ("F32", [64, 64], bytes(64 * 64 * 4))}, {"modelspec.title": "X"})
+    weightpack.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "bf16")
+    metadata = weightpack.inspect(tmp_path / "y.safetensors").metadata
+    assert (metadata["modelspec.title"], metadata["format"]) == ("X", "pt")

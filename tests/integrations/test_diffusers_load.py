@@ -20,7 +20,16 @@ WAN = {
     "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 64,
     "freq_dim": 64, "ffn_dim": 128, "num_layers": 2,
 }  # fmt: skip
-MODELS = {"flux": ("FluxTransformer2DModel", FLUX), "wan": ("WanTransformer3DModel", WAN)}
+UNET = {
+    "block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 32, "in_channels": 4, "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32, "norm_num_groups": 8,
+}  # fmt: skip
+MODELS = {
+    "flux": ("FluxTransformer2DModel", FLUX),
+    "wan": ("WanTransformer3DModel", WAN),
+    "unet": ("UNet2DConditionModel", UNET),
+}
 OPTIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "bitsandbytes:int8": {"load_in_8bit": True},

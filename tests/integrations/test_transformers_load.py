@@ -30,6 +30,8 @@ MODELS = {
     "classifier": ("BertForSequenceClassification", "bert", SMALL),
     "opt": ("OPTForCausalLM", "opt", {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
+    "llava": ("LlavaForConditionalGeneration", "llava", {"text_config": {"model_type": "llama", **SMALL},
+              "vision_config": {"model_type": "clip_vision_model", **SMALL, "image_size": 32, "patch_size": 16}}),
 }  # fmt: skip
 OPTIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
