@@ -142,7 +142,7 @@ def test_json_is_one_object(command_line, llama_folder, tmp_path):
     assert report["dry_run"] is False
     assert report["error"]["snr_db"] == pytest.approx(20.7, abs=0.3)
     worst = report["tensors"][1]
-    assert {"name", "stored_as", "shape", "source_format", "format", "why", "bits_per_weight", "error"} <= set(worst)
+    assert {"name", "as", "shape", "from", "to", "why", "bits_per_weight", "error"} <= set(worst)
     plan = command_line.json("convert", llama_folder, tmp_path / "other", "--layers", "names", "--dry-run")
     assert plan["dry_run"] is True
     assert plan["plan_id"]

@@ -9,18 +9,18 @@ from weightpack.entry import Entry, Part
 from weightpack.errors import ConfigError, UnsupportedError
 from weightpack.layers import Layer, Layers, by_name
 from weightpack.skip_list import skipped_by_transformers
-from weightpack.targets import Format, choose
+from weightpack.targets import FormatInfo, choose
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 TABLE = [
-    Format("f32", "f32", "any", "exact", "", "", 32),
-    Format("f16", "f16", "any", "exact", "", "", 16),
-    Format("bf16", "bf16", "any", "exact", "", "", 16),
-    Format("bitsandbytes:nf4", "nf4", "safetensors", "exact", "", "", 4.5),
-    Format("bitsandbytes:fp4", "fp4", "safetensors", "exact", "", "", 4.5),
-    Format("bitsandbytes:int8", None, "safetensors", "exact", "", "", 8),
-    Format("gguf:q8_0", "q8_0", "gguf", "exact", "", "", 8.5),
-    Format("gguf:q4_0", "q4_0", "gguf", "exact", "", "", 4.5),
+    FormatInfo("f32", "f32", "any", "exact", "", "", 32),
+    FormatInfo("f16", "f16", "any", "exact", "", "", 16),
+    FormatInfo("bf16", "bf16", "any", "exact", "", "", 16),
+    FormatInfo("bitsandbytes:nf4", "nf4", "safetensors", "exact", "", "", 4.5),
+    FormatInfo("bitsandbytes:fp4", "fp4", "safetensors", "exact", "", "", 4.5),
+    FormatInfo("bitsandbytes:int8", None, "safetensors", "exact", "", "", 8),
+    FormatInfo("gguf:q8_0", "q8_0", "gguf", "exact", "", "", 8.5),
+    FormatInfo("gguf:q4_0", "q4_0", "gguf", "exact", "", "", 4.5),
 ]
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightpackError,
     )
-    from .formats_ import FormatInfo, dequantize, formats, pack_int4, quantize, unpack_int4
+    from .formats_ import dequantize, formats, pack_int4, quantize, unpack_int4
     from .inspect_ import CheckpointInfo, inspect
+    from .targets import FormatInfo
 
     __version__: str
 
@@ -34,7 +35,7 @@ _NAMES = {
     "ConvertReport": "convert_",
     "DiffReport": "diff_",
     "FormatError": "errors",
-    "FormatInfo": "formats_",
+    "FormatInfo": "targets",
     "UnsupportedError": "errors",
     "WeightpackError": "errors",
     "__version__": "_rust",

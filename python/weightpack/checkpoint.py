@@ -134,33 +134,39 @@ class Checkpoint(Mapping[str, Entry]):
             raise ConfigError("metadata values are read from one file, not from a pipeline")
         return self._native[0].metadata_value(key)
 
-    def read(
-        self, name: str, dtype: str | None = None, out: NDArray[Any] | None = None, *, threads: int | None = None
-    ) -> NDArray[Any]:
+    def read(self, name: str, dtype: str | None = None, out: Any = None, *, threads: int | None = None) -> Any:
         """The tensor called `name` as an array of its logical shape, decoded where it is packed.
 
         `dtype` is the element type wanted ("float32", "bfloat16", "float16"); by default the stored
         one, for packed tensors the one they were packed from, and float32 for GGUF blocks. Values
         are decoded in float32 and rounded once. Integers are given as stored. `out` is a
-        C-contiguous array to fill; its type and shape must be those of the result.
+        C-contiguous numpy array, or a torch tensor on the CPU, to fill and return; its type and
+        shape must be those of the result.
 
         Raises `KeyError` for an unknown name, `UnsupportedError` for a type that is not decoded.
         """
         import numpy as np
 
         entry = self._entries[name]
-        stored = _stored_name(dtype, entry)
-        if out is None:
-            out = np.empty(entry.shape, _numpy_dtype(stored, name))
-        elif out.shape != entry.shape or out.dtype != _numpy_dtype(stored, name) or not out.flags.c_contiguous:
-            raise ConfigError(
-                f"out is {out.dtype} {list(out.shape)}, expected C-contiguous {_numpy_dtype(stored, name)} "
-                f'{list(entry.shape)} (tensor "{name}")'
-            )
         number, own_name = self._origin[name]
         if not self._native:
             raise CheckpointError(f'checkpoint "{self.path}" is closed')
-        self._native[number].read(own_name, out.reshape(-1).view(np.uint8), stored, threads)
+        stored = _stored_name(dtype, entry)
+        expected = _numpy_dtype(stored, name)
+        if out is None:
+            out = np.empty(entry.shape, expected)
+        if isinstance(out, np.ndarray):
+            given, flat = out.dtype.name, out.reshape(-1).view(np.uint8) if out.flags.c_contiguous else None
+        else:
+            from ._arrays import view_output
+
+            given, flat = str(out.dtype).removeprefix("torch."), view_output(out).data
+        if flat is None or tuple(out.shape) != entry.shape or given != expected.name:
+            raise ConfigError(
+                f"out is {given} {list(out.shape)}, expected C-contiguous {expected.name} {list(entry.shape)} "
+                f'(tensor "{name}")'
+            )
+        self._native[number].read(own_name, flat, stored, threads)
         return out
 
     def stream(self, dtype: str | None = None, *, threads: int | None = None) -> Iterator[tuple[str, NDArray[Any]]]:

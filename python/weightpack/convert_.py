@@ -23,7 +23,7 @@ from .folder import STEMS, Model, carried_files, find_models, is_pipeline
 from .layers import Layers, find_layers
 from .report import ConvertReport, ErrorStatistics, FileReport, TensorReport
 from .sizes import parse_size
-from .targets import CASTS, Format, find_format
+from .targets import CASTS, FormatInfo, find_format
 
 if TYPE_CHECKING:
     from . import _rust
@@ -39,7 +39,7 @@ _FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
 
 @dataclass(frozen=True)
 class _Options:
-    to: Format
+    to: FormatInfo
     overrides: overrides.Overrides
     params: Mapping[str, Any]
     compute_dtype: str | None
@@ -235,7 +235,7 @@ def _check_place(src: Path, dst: Path) -> None:
         raise ConfigError(f'source "{src}" lies inside the destination', hint="choose a folder beside it")
 
 
-def _container(dst: Path, to: Format, of_pipeline: bool) -> tuple[str, str]:
+def _container(dst: Path, to: FormatInfo, of_pipeline: bool) -> tuple[str, str]:
     """The container to write, and whether the destination is a "file" or a "folder"."""
     wanted = to.container
     suffix = dst.suffix.lower()
@@ -254,7 +254,7 @@ def _container(dst: Path, to: Format, of_pipeline: bool) -> tuple[str, str]:
     return ("gguf" if wanted == "gguf" else "safetensors"), "folder"
 
 
-def _components(found: list[Model], src: Path, to: Format, components: str | Iterable[str] | None) -> list[Model]:
+def _components(found: list[Model], src: Path, to: FormatInfo, components: str | Iterable[str] | None) -> list[Model]:
     if not is_pipeline(src):
         if components is not None:
             raise ConfigError(f'"{src}" is not a pipeline, and has no components')
@@ -332,7 +332,7 @@ def _short(compute_dtype: str | None) -> str | None:
     return next((short for short, name in model_config.COMPUTE_DTYPES.items() if name == compute_dtype), None)
 
 
-def _check_packed(to: Format, decided: Sequence[rules.Decisions]) -> None:
+def _check_packed(to: FormatInfo, decided: Sequence[rules.Decisions]) -> None:
     tensors = [decision for one in decided for decision in one.tensors]
     if not tensors:
         raise CheckpointError("the source holds no tensors")
@@ -454,7 +454,7 @@ def _files(
     return files, left_out
 
 
-def _planned(plan: _rust.Plan, src: Path, dst: Path, to: Format, dry_run: bool) -> ConvertReport:
+def _planned(plan: _rust.Plan, src: Path, dst: Path, to: FormatInfo, dry_run: bool) -> ConvertReport:
     described = json.loads(plan.describe())
     tensors = []
     for row in described["tensors"]:

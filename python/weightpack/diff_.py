@@ -95,4 +95,4 @@ def _native_diff(
 
 
 def _is_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:
-    return first.read(name).tobytes() == second.read(name).tobytes()
+    return bool(first.read(name).tobytes() == second.read(name).tobytes())

@@ -8,35 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import _arrays, _rust
 from .errors import CheckpointError, ConfigError, FormatError
+from .targets import FormatInfo, format_table
 
 _STATE = "quant_state.bitsandbytes__"
-
-
-@dataclass(frozen=True)
-class FormatInfo:
-    """One row of the table of formats."""
-
-    name: str
-    """Full name, `backend:name`."""
-    short: str | None
-    """Short form, where it is unambiguous."""
-    container: str
-    """`safetensors`, `gguf` or `any`."""
-    exactness: str
-    """`exact`: byte-equal to the peer; `exact given X`: once X is given."""
-    peer: str
-    """The library and version that the bytes are equal to."""
-    reader: str
-    """Who reads the result."""
-    bits_per_weight: float
-    """Data and scales, at default parameters."""
 
 
 def formats() -> list[FormatInfo]:
@@ -46,7 +26,7 @@ def formats() -> list[FormatInfo]:
     >>> [info.name for info in wp.formats() if info.short == "nf4"]
     ['bitsandbytes:nf4']
     """
-    return [FormatInfo(**row) for row in json.loads(_rust.formats())]
+    return list(format_table())
 
 
 def quantize(

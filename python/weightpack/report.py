@@ -1,6 +1,6 @@
 """What a conversion, an inspection or a comparison found, as plain data.
 
-Every report turns into JSON by `to_dict` and `to_json_string`; the keys are the field names.
+Every report turns into JSON by `to_dict` and `to_json_string`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 
 
 class Report:
-    """Adds the JSON forms to a dataclass. `_derived` names the properties that are shown as well."""
+    """Adds the JSON forms to a dataclass. `_derived` names the properties that are shown as well,
+    `_keys` the fields that go by another name in JSON."""
 
     _derived: ClassVar[tuple[str, ...]] = ()
+    _keys: ClassVar[Mapping[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """This report as JSON-able values. Numbers that JSON does not have (infinite SNR) are null."""
         names = [item.name for item in fields(self)]  # type: ignore[arg-type]
-        return {name: _plain(getattr(self, name)) for name in (*names, *self._derived)}
+        return {self._keys.get(name, name): _plain(getattr(self, name)) for name in (*names, *self._derived)}
 
     def to_json_string(self, *, indent: int | None = 2) -> str:
         """This report as one JSON object."""
@@ -107,9 +109,12 @@ NO_ERROR = ErrorStatistics(0, 0.0, 0.0, 0.0, 0.0, 0.0)
 class TensorReport(Report):
     """One tensor of a conversion: from which format, to which, why, and at what price.
 
-    `name` is its name in the source, `stored_as` in the result. `error` is measured against the
+    `name` is its name in the source, `stored_as` ("as" in JSON) in the result; `source_format`
+    ("from") and `format` ("to") are what it was and is stored as. `error` is measured against the
     source; `None` where the bytes were copied, or nothing was measured.
     """
+
+    _keys: ClassVar[Mapping[str, str]] = {"stored_as": "as", "source_format": "from", "format": "to"}
 
     name: str
     stored_as: str

@@ -25,7 +25,7 @@ from .errors import ConfigError, UnsupportedError
 from .layers import LINEAR, Layers, classify, own_name
 from .overrides import Overrides, Rule
 from .skip_list import is_skipped, settle
-from .targets import CASTS, COPY, Format
+from .targets import CASTS, COPY, FormatInfo
 
 GGUF_INTEGERS = {"I8", "I16", "I32", "I64"}
 GGUF_MOST_DIMENSIONS = 4
@@ -80,7 +80,7 @@ class Target:
     load; `fits` gives the reason why a format cannot take a shape, or `None`.
     """
 
-    format: Format
+    format: FormatInfo
     container: str
     fits: Callable[[str, tuple[int, ...], Mapping[str, Any]], str | None]
     params: Mapping[str, Any] = field(default_factory=dict)

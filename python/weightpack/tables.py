@@ -14,7 +14,7 @@ from .terminal import printable
 if TYPE_CHECKING:
     from .demo import Demo
     from .report import CheckpointInfo, ConvertReport, DiffReport, ErrorStatistics
-    from .targets import Format
+    from .targets import FormatInfo
 
 _WIDTH_OF_FILES = 10_000
 WORST_SHOWN = 20
@@ -122,7 +122,7 @@ def show_difference(report: DiffReport) -> None:
     )
 
 
-def show_formats(rows: Iterable[Format]) -> None:
+def show_formats(rows: Iterable[FormatInfo]) -> None:
     """The table of formats."""
     _table(
         ("format", "short", "bits/weight", "stored in", "exactness", "read by"),

@@ -1,4 +1,4 @@
-"""Format names: what a person may write, and what the format table makes of it.
+"""FormatInfo names: what a person may write, and what the format table makes of it.
 
 The table itself is native; this module only looks names up in it.
 """
@@ -21,22 +21,23 @@ COPY = "copy"
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """One row of the format table.
-
-    `name` is the full name, `short` the form that is unambiguous without its backend, `container`
-    what its reader opens ("safetensors", "gguf", or "any"), `exactness` and `peer` say which
-    library's bytes it reproduces and how closely, `reader` who loads the result, and
-    `bits_per_weight` the nominal size, statistics included.
-    """
+class FormatInfo:
+    """One row of the table of formats."""
 
     name: str
+    """Full name, `backend:name`."""
     short: str | None
+    """Short form, where it is unambiguous."""
     container: str
+    """What its reader opens: `safetensors`, `gguf` or `any`."""
     exactness: str
+    """`exact`: byte-equal to the peer; `exact given X`: once X is given."""
     peer: str
+    """The library and version that the bytes are equal to."""
     reader: str
+    """Who reads the result."""
     bits_per_weight: float
+    """Data and scales, at default parameters."""
 
     @property
     def backend(self) -> str:
@@ -45,15 +46,15 @@ class Format:
 
 
 @cache
-def format_table() -> tuple[Format, ...]:
+def format_table() -> tuple[FormatInfo, ...]:
     """Every format of this version, in the order that tables show them."""
     from . import _rust
 
-    fields = Format.__dataclass_fields__
-    return tuple(Format(**{key: row[key] for key in fields}) for row in json.loads(_rust.formats()))
+    fields = FormatInfo.__dataclass_fields__
+    return tuple(FormatInfo(**{key: row[key] for key in fields}) for row in json.loads(_rust.formats()))
 
 
-def find_format(name: str) -> Format:
+def find_format(name: str) -> FormatInfo:
     """The format called `name`, by its full or short name, in any case.
 
     Raises `ConfigError` for a name that is not in the table, or that several backends share.
@@ -61,7 +62,7 @@ def find_format(name: str) -> Format:
     return choose(name, format_table())
 
 
-def choose(name: str, table: Iterable[Format]) -> Format:
+def choose(name: str, table: Iterable[FormatInfo]) -> FormatInfo:
     """As `find_format`, from the rows of `table`."""
     rows = list(table)
     wanted = name.strip().lower()

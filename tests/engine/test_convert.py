@@ -231,6 +231,8 @@ def test_reading_tensors(llama_folder, tmp_path):
             packed.read(name, dtype="float32", out=out)
         with pytest.raises(ConfigError, match='dtype "int3"'):
             packed.read(name, dtype="int3")
+        with pytest.raises(ConfigError, match="out is float32"):
+            packed.read(name, dtype="float32", out=np.empty((256, 768), np.float32).T)
         with pytest.raises(KeyError):
             packed.read("nothing")
         streamed = dict(packed.stream("float32"))
@@ -254,3 +256,13 @@ def test_what_a_file_says_about_itself_stays(llama_folder, tmp_path):
     weightpack.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "bf16")
     metadata = weightpack.inspect(tmp_path / "y.safetensors").metadata
     assert (metadata["modelspec.title"], metadata["format"]) == ("X", "pt")
+
+
+def test_reading_into_a_torch_tensor(peer, llama_folder):
+    torch = peer("torch")
+    with weightpack.open_checkpoint(llama_folder) as checkpoint:
+        out = torch.empty(1024, 256, dtype=torch.bfloat16)
+        assert checkpoint.read("lm_head.weight", out=out) is out
+        np.testing.assert_array_equal(out.float().numpy(), checkpoint.read("lm_head.weight", "float32"))
+        with pytest.raises(ConfigError, match="out is float32"):
+            checkpoint.read("lm_head.weight", out=out.float())
