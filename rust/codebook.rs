@@ -13,6 +13,49 @@ pub struct Codebook {
     /// Midpoints of neighbouring values in that order. A number takes the code after the last
     /// midpoint it exceeds; one that lies exactly on a midpoint takes the lower value.
     pub thresholds: [f32; 15],
+    /// A second way to find the last threshold that a number exceeds, where it is possible.
+    pub intervals: Option<Intervals>,
+}
+
+/// [`INTERVALS`] parts of the numbers from -1 to 1, none of which holds two thresholds. The part of
+/// a number is `x * PARTS_PER_UNIT` rounded to a whole number; its low five bits are the index here.
+#[derive(Debug)]
+pub struct Intervals {
+    /// How many thresholds lie in lower parts.
+    pub below: [i32; INTERVALS],
+    /// The threshold in this part, infinity if there is none.
+    pub inside: [f32; INTERVALS],
+}
+
+/// Number of parts, and of different low five bits.
+pub const INTERVALS: usize = 32;
+/// -1 to 1 gives -15 to 15. Chosen so that no threshold of NF4 lies near the border of a part.
+pub const PARTS_PER_UNIT: f32 = 14.6;
+
+impl Intervals {
+    const fn new(thresholds: &[f32; 15]) -> Option<Self> {
+        let mut below = [0; INTERVALS];
+        let mut inside = [f32::INFINITY; INTERVALS];
+        let mut i = 0;
+        while i < 15 {
+            let scaled = thresholds[i] as f64 * PARTS_PER_UNIT as f64;
+            // Rounded by way of a positive number.
+            let part = (scaled + 32.5) as i32 - 32;
+            // Too near to the border, rounding in `f32` could put it into another part.
+            let off = scaled - part as f64;
+            if inside[(part & 31) as usize] != f32::INFINITY || off < -0.45 || off > 0.45 {
+                return None;
+            }
+            inside[(part & 31) as usize] = thresholds[i];
+            let mut above = part + 1;
+            while above <= 15 {
+                below[(above & 31) as usize] += 1;
+                above += 1;
+            }
+            i += 1;
+        }
+        Some(Intervals { below, inside })
+    }
 }
 
 impl Codebook {
@@ -27,6 +70,7 @@ impl Codebook {
             values,
             order,
             thresholds,
+            intervals: Intervals::new(&thresholds),
         }
     }
 
@@ -140,6 +184,7 @@ mod tests {
     fn tables_are_sorted() {
         assert!(DYNAMIC.is_sorted());
         assert_eq!(DYNAMIC[127], 0.0);
+        assert!(NF4.intervals.is_some());
         for codebook in [&NF4, &FP4] {
             assert!(codebook
                 .order

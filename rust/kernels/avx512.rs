@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::sums::Lanes;
-use crate::codebook::Codebook;
+use crate::codebook::{Codebook, PARTS_PER_UNIT};
 
 /// Bits of a magnitude; bits of infinity.
 const MAGNITUDE: i32 = 0x7fff_ffff;
@@ -172,58 +172,33 @@ struct Search {
     /// A tree: where the search stands at i and steps by s, it compares with threshold i + s - 1.
     root: __m512,
     depths: [(__m512, i32); 3],
-    /// 32 intervals, if none holds two thresholds: how many thresholds lie below each, and the one
-    /// inside (infinity, if none).
+    /// [`crate::codebook::Intervals`], if the codebook has them: `below` and `inside`.
     intervals: Option<([__m512i; 2], [__m512; 2])>,
-}
-
-/// Adding this leaves a number rounded to a whole one in the low bits of the sum.
-const WHOLE: f32 = 1.5 * (1 << 23) as f32;
-/// Intervals per unit: -1 to 1 gives -15 to 15, which have different low five bits.
-const INTERVALS: f32 = 15.4;
-
-/// Interval of each number, in the low five bits. Which number falls where matters little, as long
-/// as a larger one never falls lower; the sum may be fused.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn interval(y: __m512) -> __m512i {
-    let sum = _mm512_fmadd_ps(y, _mm512_set1_ps(INTERVALS), _mm512_set1_ps(WHOLE));
-    _mm512_castps_si512(sum)
 }
 
 impl Search {
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn new(thresholds: &[f32; 15]) -> Self {
+    fn new(codebook: &Codebook) -> Self {
+        let thresholds = &codebook.thresholds;
         let table = |skip: usize| {
             let mut shifted = [0.0; 16];
             shifted[..15 - skip].copy_from_slice(&thresholds[skip..]);
             load(&shifted)
         };
-        let mut places = [0i32; 16];
-        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
-        unsafe { _mm512_storeu_si512(places.as_mut_ptr().cast(), interval(table(0))) };
-        let zero = WHOLE.to_bits().cast_signed();
-        let mut below = [0i32; 32];
-        let mut inside = [f32::INFINITY; 32];
-        let mut fits = true;
-        for (&threshold, place) in thresholds.iter().zip(places) {
-            for interval in place - zero + 1..=15 {
-                below[(interval & 31) as usize] += 1;
-            }
-            let slot = &mut inside[(place & 31) as usize];
-            fits &= slot.is_infinite();
-            *slot = threshold;
-        }
-        let counts = |half: usize| {
-            // SAFETY: 16 of the 32 numbers from `16 * half` on, for `half` 0 and 1.
-            unsafe { _mm512_loadu_si512(below[16 * half..][..16].as_ptr().cast()) }
-        };
-        let (inside, _) = inside.as_chunks();
         Search {
             root: _mm512_set1_ps(thresholds[7]),
             depths: [(table(3), 4), (table(1), 2), (table(0), 1)],
-            intervals: fits.then(|| ([counts(0), counts(1)], [load(&inside[0]), load(&inside[1])])),
+            intervals: codebook.intervals.as_ref().map(|intervals| {
+                let (below, _) = intervals.below.as_chunks::<16>();
+                let (inside, _) = intervals.inside.as_chunks();
+                // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+                let counts = |part: &[i32; 16]| unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
+                (
+                    [counts(&below[0]), counts(&below[1])],
+                    [load(&inside[0]), load(&inside[1])],
+                )
+            }),
         }
     }
 
@@ -246,9 +221,14 @@ impl Search {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn by_interval(below: [__m512i; 2], inside: [__m512; 2], y: __m512) -> __m512i {
-    let place = interval(y);
-    let threshold = _mm512_permutex2var_ps(inside[0], place, inside[1]);
-    let index = _mm512_permutex2var_epi32(below[0], place, below[1]);
+    // Adding this number leaves a whole one in the low bits. Where a border lies matters little, as
+    // long as a larger number never falls into a lower part; so the sum may be fused.
+    let whole = _mm512_set1_ps(1.5 * (1 << 23) as f32);
+    let part = _mm512_fmadd_ps(y, _mm512_set1_ps(PARTS_PER_UNIT), whole);
+    // Lookups take the low five bits.
+    let part = _mm512_castps_si512(part);
+    let threshold = _mm512_permutex2var_ps(inside[0], part, inside[1]);
+    let index = _mm512_permutex2var_epi32(below[0], part, below[1]);
     let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(y, threshold);
     _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(1))
 }
@@ -262,7 +242,7 @@ pub(super) fn encode_4bit(
     absmax: &[[u8; 4]],
     codes: &mut [u8],
 ) -> usize {
-    let search = Search::new(&codebook.thresholds);
+    let search = Search::new(codebook);
     let order = _mm512_broadcast_i32x4(load_16_bytes(&codebook.order));
     let divisor = |absmax: [u8; 4]| {
         let absmax = f32::from_le_bytes(absmax);
