@@ -138,5 +138,17 @@ def test_many_entries_are_settled_quickly():
     packed = {f"model.layers.{i}.self_attn.q_proj" for i in range(60)}
     kept = {f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(60) for j in range(64)}
     entries, caught = settle("transformers", packed, kept, prefix="model")
-    assert len(entries) == 2 * len(kept)
     assert caught == {}
+    # One entry for the experts of each layer, with and without the name of the bare model.
+    assert len(entries) == 2 * 60
+    assert all(is_skipped("transformers", entries, path) for path in kept)
+    assert not any(is_skipped("transformers", entries, path) for path in packed)
+
+
+def test_a_list_is_not_shortened_where_that_reaches_further():
+    # "blocks.1" would be found inside "single_blocks.1." by diffusers.
+    kept = {f"blocks.1.part.{i}.to_q" for i in range(200)}
+    packed = {"single_blocks.1.to_k", "blocks.0.to_k"}
+    entries, caught = settle("diffusers", packed, kept)
+    assert caught == {}
+    assert set(entries) == kept

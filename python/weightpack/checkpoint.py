@@ -82,15 +82,14 @@ class Checkpoint(Mapping[str, Entry]):
         for number, model in enumerate(models):
             native = _rust.Checkpoint.open(str(model.weights))
             self._native.append(native)
-            described = json.loads(native.describe())
             prefix = f"{model.component}/" if model.component else ""
+            described = _Description(prefix).parse(native.describe())
             self.container = described["container"]
             self.files += described["files"]
             self.warnings += [f"{prefix}{warning}" for warning in described["warnings"]]
-            for row in described["tensors"]:
-                entry = _entry(row, prefix, described["files"])
+            for entry in described["tensors"]:
                 self._entries[entry.name] = entry
-                self._origin[entry.name] = (number, row["name"])
+                self._origin[entry.name] = (number, entry.name.removeprefix(prefix))
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -196,18 +195,30 @@ def locate(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
     return checkpoint._origin[name]
 
 
-def _entry(row: Mapping[str, Any], prefix: str, files: list[dict[str, Any]]) -> Entry:
-    parts = tuple(Part(p["name"], p["dtype"], tuple(p["shape"]), p["bytes"]) for p in row["parts"])
-    return Entry(
-        prefix + row["name"],
-        tuple(row["shape"]),
-        row["dtype"],
-        row["format"],
-        row["stored_bytes"],
-        row["weights"],
-        parts,
-        str(files[row["file"]]["path"]),
-    )
+class _Description:
+    """Turns the native description into entries while it is parsed: a checkpoint may have a hundred
+    thousand tensors, and a dictionary takes several times the memory of an entry."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._paths: list[str] = []
+
+    def parse(self, text: str) -> dict[str, Any]:
+        described: dict[str, Any] = json.loads(text, object_hook=self._hook)
+        return described
+
+    def _hook(self, row: dict[str, Any]) -> Any:
+        if "parts" in row:
+            name, shape = self._prefix + row["name"], tuple(row["shape"])
+            stored, weights, path = row["stored_bytes"], row["weights"], self._paths[row["file"]]
+            return Entry(name, shape, row["dtype"], row["format"], stored, weights, tuple(row["parts"]), path)
+        if "header_bytes" in row:
+            # Files stand before the tensors in the description.
+            self._paths.append(str(row["path"]))
+            return row
+        if "shape" in row:
+            return Part(row["name"], row["dtype"], tuple(row["shape"]), row["bytes"])
+        return row
 
 
 def _stored_name(dtype: str | None, entry: Entry) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -319,10 +320,15 @@ def _decide(
 
 def fits(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> str | None:
     """Why format `name` cannot take a tensor of `shape`; `None` if it can."""
+    return _fits(name, shape, json.dumps(dict(params)))
+
+
+@lru_cache(maxsize=4096)
+def _fits(name: str, shape: tuple[int, ...], params: str) -> str | None:
     from . import _rust
 
     try:
-        _rust.layout(name, list(shape), json.dumps(dict(params)))
+        _rust.layout(name, list(shape), params)
     except FormatError as error:
         return error.message
     return None

@@ -16,6 +16,7 @@ class Report:
     """Adds the JSON forms to a dataclass. `_derived` names the properties that are shown as well,
     `_keys` the fields that go by another name in JSON."""
 
+    __slots__ = ()
     _derived: ClassVar[tuple[str, ...]] = ()
     _keys: ClassVar[Mapping[str, str]] = {}
 
@@ -41,7 +42,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ErrorStatistics(Report):
     """How far one set of weights is from another.
 
@@ -105,7 +106,7 @@ class ErrorStatistics(Report):
 NO_ERROR = ErrorStatistics(0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorReport(Report):
     """One tensor of a conversion: from which format, to which, why, and at what price.
 
@@ -130,7 +131,7 @@ class TensorReport(Report):
     error: ErrorStatistics | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileReport(Report):
     """One file and its path. `bytes` is `None` where the size is not known yet (the index of a plan)."""
 
@@ -202,7 +203,7 @@ class ConvertReport(Report):
         return sorted(measured, key=lambda tensor: tensor.error.snr_db if tensor.error else math.inf)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo(Report):
     """One tensor of a checkpoint: shape, stored type, format, size."""
 
@@ -236,7 +237,7 @@ class CheckpointInfo(Report):
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairReport(Report):
     """One tensor of two checkpoints: the format in each, and how far they are apart."""
 

@@ -10,7 +10,8 @@
 | `a.*` | a regular expression, from the start up to the end of a segment | taken literally |
 
 The list written here therefore holds full paths, and every packed layer that a host would take for
-one of them is left unpacked as well, until list and file agree.
+one of them is left unpacked as well, until list and file agree. Hosts try every entry on every
+module, so a long list names the modules below which nothing is packed instead of each layer.
 
 Sources: `should_convert_module` of transformers 5.23, `_replace_with_bnb_linear` of diffusers 0.42.1.
 """
@@ -19,6 +20,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+
+LONG_LIST = 128
+"""Entries from which on a list is shortened. Python keeps 512 compiled patterns; a host that goes
+through more of them for each module takes minutes to hours to load."""
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
@@ -108,6 +113,32 @@ def settle(
     The second result maps each further layer to the entry that a host would take it for. Both are
     sorted, and applying the list to the remaining packed layers skips none of them.
     """
+    packed, kept = set(packed), set(kept)
+    if len(kept) > LONG_LIST:
+        entries, caught = _settle(host, packed, shorten(kept, packed), fixed, prefix)
+        if not caught or len(kept) > 10 * LONG_LIST:
+            return entries, caught
+    return _settle(host, packed, kept, fixed, prefix)
+
+
+def shorten(kept: Iterable[str], packed: Iterable[str]) -> set[str]:
+    """Names the highest module below which no layer is packed, in place of every kept layer in it.
+
+    >>> shorten({"a.experts.0.up", "a.experts.1.up", "a.gate"}, {"a.shared.up"}) == {"a.experts", "a.gate"}
+    True
+    """
+    mixed = {path[:end] for path in packed for end in _ends(path)}
+    return {next((path[:end] for end in _ends(path) if path[:end] not in mixed), path) for path in kept}
+
+
+def _ends(path: str) -> list[int]:
+    """Where each segment of a path ends, the first one first."""
+    return [index for index, character in enumerate(path) if character == "."] + [len(path)]
+
+
+def _settle(
+    host: str | None, packed: set[str], kept: set[str], fixed: Sequence[str], prefix: str
+) -> tuple[list[str], dict[str, str]]:
     hosts = list(_HOSTS.values()) if host is None else [_HOSTS[host]]
     dot = f"{prefix}." if prefix else ""
     remaining = set(packed)
