@@ -9,7 +9,7 @@ pub(super) use ggml::*;
 
 use std::arch::x86_64::*;
 
-use super::sums::Lanes;
+use super::sums::{RunLanes, RUN};
 use crate::codebook::Codebook;
 
 /// Bits of a magnitude; bits of infinity.
@@ -168,42 +168,28 @@ pub(super) fn finite_prefix(weights: &[f32]) -> usize {
     32 * stop.unwrap_or(blocks.len())
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn error_lanes(x: &[f32], y: &[f32], lanes: &mut Lanes) -> usize {
-    let sign = _mm256_set1_pd(-0.0);
-    let (x, _) = x.as_chunks::<8>();
-    let (y, _) = y.as_chunks::<8>();
-    // Lanes 0-3 and 4-7 of each sum.
-    let mut sums = [[_mm256_setzero_pd(); 2]; 5];
-    for (sum, lanes) in sums.iter_mut().zip(&*lanes) {
-        for (sum, lanes) in sum.iter_mut().zip(lanes.as_chunks::<4>().0) {
-            *sum = _mm256_setr_pd(lanes[0], lanes[1], lanes[2], lanes[3]);
-        }
-    }
-    for (x, y) in x.iter().zip(y) {
-        let (x, y) = (load(x), load(y));
-        let x = [_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)];
-        let y = [_mm256_castps256_ps128(y), _mm256_extractf128_ps::<1>(y)];
-        for half in 0..2 {
-            let (x, y) = (_mm256_cvtps_pd(x[half]), _mm256_cvtps_pd(y[half]));
-            let error = _mm256_sub_pd(x, y);
-            let [signal, noise, cross, power, most] = &mut sums;
-            // Products of two `f32` are exact in `f64`: fusing them with the sum changes nothing.
-            signal[half] = _mm256_fmadd_pd(x, x, signal[half]);
-            cross[half] = _mm256_fmadd_pd(x, y, cross[half]);
-            power[half] = _mm256_fmadd_pd(y, y, power[half]);
-            noise[half] = _mm256_add_pd(noise[half], _mm256_mul_pd(error, error));
+#[target_feature(enable = "avx2")]
+pub(super) fn error_run(x: &[f32; RUN], y: &[f32; RUN], lanes: &mut RunLanes) -> bool {
+    let sign = _mm256_set1_ps(-0.0);
+    // Lanes 0-7, then 8-15, of each sum.
+    for half in 0..2 {
+        let [mut signal, mut noise, mut cross, mut power, mut most] = [_mm256_setzero_ps(); 5];
+        let (x, y) = (x.as_chunks::<8>().0, y.as_chunks::<8>().0);
+        for (x, y) in x.iter().zip(y).skip(half).step_by(2) {
+            let (x, y) = (load(x), load(y));
+            let error = _mm256_sub_ps(x, y);
+            signal = _mm256_add_ps(signal, _mm256_mul_ps(x, x));
+            noise = _mm256_add_ps(noise, _mm256_mul_ps(error, error));
+            cross = _mm256_add_ps(cross, _mm256_mul_ps(x, y));
+            power = _mm256_add_ps(power, _mm256_mul_ps(y, y));
             // The second operand stays where the comparison does not hold.
-            most[half] = _mm256_max_pd(_mm256_andnot_pd(sign, error), most[half]);
+            most = _mm256_max_ps(_mm256_andnot_ps(sign, error), most);
+        }
+        for (lanes, sum) in lanes.iter_mut().zip([signal, noise, cross, power, most]) {
+            store(sum, &mut lanes.as_chunks_mut::<8>().0[half]);
         }
     }
-    for (sum, lanes) in sums.into_iter().zip(lanes) {
-        for (sum, lanes) in sum.into_iter().zip(lanes.as_chunks_mut::<4>().0) {
-            // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
-            unsafe { _mm256_storeu_pd(lanes.as_mut_ptr(), sum) }
-        }
-    }
-    8 * x.len().min(y.len())
+    true
 }
 
 /// Bits of the magnitudes.

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::sums::Lanes;
+use super::sums::{RunLanes, RUN};
 use crate::codebook::{Codebook, PARTS_PER_UNIT};
 
 /// Bits of a magnitude; bits of infinity.
@@ -130,32 +130,23 @@ pub(super) fn finite_prefix(weights: &[f32]) -> usize {
     64 * stop.unwrap_or(blocks.len())
 }
 
-#[target_feature(enable = "avx512f,avx512dq")]
-pub(super) fn error_lanes(x: &[f32], y: &[f32], lanes: &mut Lanes) -> usize {
-    let (x, _) = x.as_chunks::<8>();
-    let (y, _) = y.as_chunks::<8>();
-    // SAFETY: each reference is to 64 readable bytes; the load takes any alignment.
-    let [mut signal, mut noise, mut cross, mut power, mut most] = lanes
-        .each_ref()
-        .map(|lanes| unsafe { _mm512_loadu_pd(lanes.as_ptr()) });
-    for (x, y) in x.iter().zip(y) {
-        // SAFETY: each reference is to 32 readable bytes; the load takes any alignment.
-        let (x, y) = unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(y.as_ptr())) };
-        let (x, y) = (_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
-        let error = _mm512_sub_pd(x, y);
-        // Products of two `f32` are exact in `f64`: fusing them with the sum changes nothing.
-        signal = _mm512_fmadd_pd(x, x, signal);
-        cross = _mm512_fmadd_pd(x, y, cross);
-        power = _mm512_fmadd_pd(y, y, power);
-        noise = _mm512_add_pd(noise, _mm512_mul_pd(error, error));
-        // Larger magnitude, sign cleared; a NaN gives way to the other operand.
-        most = _mm512_range_pd::<0b1011>(error, most);
+#[target_feature(enable = "avx512f")]
+pub(super) fn error_run(x: &[f32; RUN], y: &[f32; RUN], lanes: &mut RunLanes) -> bool {
+    let [mut signal, mut noise, mut cross, mut power, mut most] = [_mm512_setzero_ps(); 5];
+    for (x, y) in x.as_chunks().0.iter().zip(y.as_chunks().0) {
+        let (x, y) = (load(x), load(y));
+        let error = _mm512_sub_ps(x, y);
+        signal = _mm512_add_ps(signal, _mm512_mul_ps(x, x));
+        noise = _mm512_add_ps(noise, _mm512_mul_ps(error, error));
+        cross = _mm512_add_ps(cross, _mm512_mul_ps(x, y));
+        power = _mm512_add_ps(power, _mm512_mul_ps(y, y));
+        // The second operand stays where the comparison does not hold.
+        most = _mm512_max_ps(_mm512_abs_ps(error), most);
     }
     for (lanes, sum) in lanes.iter_mut().zip([signal, noise, cross, power, most]) {
-        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
-        unsafe { _mm512_storeu_pd(lanes.as_mut_ptr(), sum) }
+        store(sum, lanes);
     }
-    8 * x.len().min(y.len())
+    true
 }
 
 /// Bits of the magnitudes.

@@ -116,8 +116,12 @@ offers! {
     fn narrow_bf16 [avx2 avx512] (weights: &[f32], bytes: &mut [u8]) -> usize = 0;
     /// Number of weights at the front that were looked at and are finite.
     fn finite_prefix [avx2 avx512] (weights: &[f32]) -> usize = 0;
-    /// Adds error sums lane by lane; gives the number of weights done, a multiple of the lanes.
-    fn error_lanes [avx2 avx512] (x: &[f32], y: &[f32], lanes: &mut sums::Lanes) -> usize = 0;
+    /// Error sums of a run, lane by lane; whether it was done.
+    fn error_run [avx2 avx512] (
+        x: &[f32; sums::RUN],
+        y: &[f32; sums::RUN],
+        lanes: &mut sums::RunLanes,
+    ) -> bool = false;
     /// Largest magnitude of whole blocks of 4-bit weights; gives the number of blocks done.
     fn measure_4bit [avx2 avx2] (size: usize, weights: &[f32], absmax: &mut [[u8; 4]])
         -> usize = 0;

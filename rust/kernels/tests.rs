@@ -196,10 +196,10 @@ fn check_error_sums(level: Level) {
             all.map(|sum| if sum.is_nan() { 1 } else { sum.to_bits() }),
         )
     };
-    let kinds = inputs(1003);
+    let kinds = inputs(2503);
     for x in &kinds {
         for y in [&kinds[0], &kinds[1], &kinds[2], &kinds[11]] {
-            for length in LENGTHS {
+            for length in LENGTHS.into_iter().chain([1024, 2100, 2500]) {
                 for offset in OFFSETS {
                     let (x, y) = (&x[offset..offset + length], &y[..length]);
                     let expected = sums(error_sums(Level::SCALAR, x, y));
