@@ -133,7 +133,7 @@ def convert(
         _output(number, model, opened[number], decided[number], options, container, kind)
         for number, model in enumerate(chosen)
     ]
-    files, left_out = _files(src, chosen, decided, options, container, kind)
+    files, left_out = _files(src, chosen, opened, decided, options, kind)
     request = {
         "destination": str(dst),
         "kind": kind,
@@ -421,18 +421,19 @@ def _stem(model: Model) -> str:
 def _files(
     src: Path,
     chosen: Sequence[Model],
+    opened: Sequence[Checkpoint],
     decided: Sequence[rules.Decisions],
     options: _Options,
-    container: str,
     kind: str,
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """What is written beside the weights, and what of the source is left out."""
+    """What is written beside the weights, and what of the source is no part of the result."""
     if kind == "file":
         return [], []
     files: list[dict[str, str]] = []
     left_out: list[str] = []
-    for model, one in zip(chosen, decided, strict=True):
+    for model, checkpoint, one in zip(chosen, opened, decided, strict=True):
         prefix = f"{model.component}/" if model.component else ""
+        shards = [Path(file["path"]).name for file in checkpoint.files]
         if model.config is not None:
             compute = model_config.compute_dtype(options.compute_dtype, (d.entry for d in one.tensors))
             section = model_config.quantization_config(one.tensors, one.skip_list, compute)
@@ -442,7 +443,8 @@ def _files(
         if model.folder is not None:
             carried, others = carried_files(model.folder, prefix)
             files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]
-            left_out += others
+            converted = {prefix + name for name in (model.weights.name, *shards)}
+            left_out += [name for name in others if name not in converted]
     if is_pipeline(src):
         converted = {model.component for model in chosen}
         for entry in sorted(os.scandir(src), key=lambda entry: entry.name):
