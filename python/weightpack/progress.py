@@ -93,19 +93,20 @@ class ProgressBar:
         self._rates = Rates(time.monotonic())
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[detail]}"),
             console=Console(stderr=True),
             transient=True,
+            expand=True,
         )
         self._task: Any = self._progress.add_task(verb, total=None, detail="")
 
     def __call__(self, read: int, total: int, written: int, tensor: str) -> None:
         read_rate, write_rate = self._rates.update(time.monotonic(), read, written)
         detail = (
-            f"{show_size(read)} of {show_size(total)}, reading {show_size(read_rate)}/s, "
-            f"writing {show_size(write_rate)}/s, {Rates.left(read, total, read_rate)} left"
+            f"{show_size(read)} of {show_size(total)}, {show_size(read_rate)}/s in, "
+            f"{show_size(write_rate)}/s out, {Rates.left(read, total, read_rate)}"
         )
         self._progress.update(self._task, completed=read, total=total or 1, detail=detail)
 
