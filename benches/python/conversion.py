@@ -287,20 +287,21 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(options.runs):
         for label, name, more in conversions:
             # Each conversion stands beside a copy made just before: the ratio survives a noisy machine.
-            copied = copy_once()
+            # The faster of two copies counts. The copy's bytes are dropped before the system writes
+            # them, so that the conversion, which does write its own to the disk, waits for no others.
+            copied = min(copy_once(), copy_once())
+            remove(target)
             out = folder / name
-            remove(out)
             command = [sys.executable, "-m", "weightpack", "convert", str(source), str(out), *more]
             seconds, peak = run_process([*command, "--layers", "names"])
             rows[label].append((copied, seconds, peak))
             remove(out)
-    remove(target)
-    result["copy_seconds"] = statistics.median(copied for row in rows.values() for copied, _, _ in row)
+    result["copy_seconds"] = spread([copied for row in rows.values() for copied, _, _ in row])
     result["conversions"] = {
         label: {
-            "seconds": round(statistics.median(seconds for _, seconds, _ in row), 3),
+            "seconds": spread([seconds for _, seconds, _ in row]),
             "gigabytes_per_second": round(size / 1e9 / statistics.median(seconds for _, seconds, _ in row), 2),
-            "times_a_copy": round(statistics.median(seconds / copied for copied, seconds, _ in row), 2),
+            "times_a_copy": spread([seconds / copied for copied, seconds, _ in row]),
             "peak_anonymous_megabytes": round(max(peak for _, _, peak in row) / 1e6, 1),
         }
         for label, row in rows.items()
@@ -319,6 +320,12 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             }
             remove(out)
     return result
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Least, median and largest."""
+    figures = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def cpu_name() -> str:
