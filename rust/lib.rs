@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`error`], [`dtype`], [`shape`] | the one error enum, the one type table, checked size arithmetic |
 //! | [`bits`], [`codebook`] | bit packing, the fixed tables of 4-bit and 8-bit codes |
-//! | `kernels`, [`float`] | SIMD versions of the inner loops, chosen once at run time; casts |
+//! | `kernels` | SIMD versions of the inner loops, chosen once at run time |
 //! | [`float`] | conversions between stored floats and `f32` |
 //! | [`formats`] | numeric layouts: what is stored for a tensor, and how to encode and decode it |
 //! | [`io`] | containers: safetensors and GGUF files, shard indexes |

@@ -55,7 +55,6 @@ def decode(
 
 def pack_int4(codes: NDArray[np.uint8], order: str) -> NDArray[np.uint8]: ...
 def unpack_int4(packed: NDArray[np.uint8], order: str, count: int) -> NDArray[np.uint8]: ...
-
 @final
 class Checkpoint:
     """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Format, Layout, Params, Span};
+use crate::formats::{self, Component, Format, Layout, Params, Span};
 use crate::io::file::FileSource;
 use crate::io::{index, Container, Entry, Header, Source};
 use crate::shape;
@@ -227,7 +227,7 @@ impl Checkpoint {
         for (name, array) in stored {
             let recognised =
                 if let Some((base, kind)) = name.split_once(".quant_state.bitsandbytes__") {
-                    self.packed_4bit(stored, base, kind, array)
+                    self.packed_4bit(base, kind, array).map(Some)
                 } else if let Some(module) = name.strip_suffix("SCB") {
                     packed_int8(stored, module, array)
                 } else {
@@ -245,43 +245,18 @@ impl Checkpoint {
         Ok(found)
     }
 
-    fn packed_4bit(
-        &self,
-        stored: &BTreeMap<&str, Stored>,
-        base: &str,
-        kind: &str,
-        record: &Stored,
-    ) -> Result<Option<(String, &'static dyn Format, Layout)>> {
-        let format = formats::find(&format!("bitsandbytes:{kind}"))?;
-        let text = self.read_whole(record)?;
-        let state: QuantState = serde_json::from_slice(&text).map_err(|error| {
-            Error::checkpoint(format!(
-                "quantization record is not what bitsandbytes writes: {error}"
-            ))
-        })?;
-        let dtype = match state.dtype.as_str() {
-            "float32" => Dtype::F32,
-            "float16" => Dtype::F16,
-            "bfloat16" => Dtype::BF16,
-            other => {
-                return Err(Error::unsupported(format!(
-                    "bitsandbytes weight of dtype {}",
-                    crate::error::escape(other)
-                )))
-            }
-        };
-        let double_quant = stored.contains_key(format!("{base}.nested_absmax").as_str());
-        if double_quant && state.nested_blocksize.is_some_and(|size| size != 256) {
-            return Err(Error::unsupported("nested block size other than 256"));
+    fn packed_4bit(&self, base: &str, kind: &str, record: &Stored) -> Result<Recognised> {
+        let state = formats::read_quant_state(&self.read_whole(record)?)?;
+        let format = formats::find(state.format)?;
+        if state.format.strip_prefix("bitsandbytes:") != Some(kind) {
+            return Err(Error::checkpoint(format!(
+                "the record's name ends in {}, but it describes {}",
+                crate::error::escape(kind),
+                state.format
+            )));
         }
-        let params = Params {
-            block_size: Some(state.blocksize),
-            double_quant,
-            dtype,
-            nested_offset: state.nested_offset.unwrap_or(0.0) as f32,
-        };
-        let layout = format.layout(&state.shape, &params)?;
-        Ok(Some((base.to_owned(), format, layout)))
+        let layout = format.layout(&state.shape, &state.params)?;
+        Ok((base.to_owned(), format, layout))
     }
 
     /// Whole-tensor components whose content the format fixes (code tables) must hold just that.
@@ -290,9 +265,10 @@ impl Checkpoint {
             return Ok(tensor);
         };
         for (position, expected) in format.whole(layout, &[])? {
-            let fixed = layout.components.get(position).is_some_and(|component| {
-                component.suffix.ends_with("quant_map") || component.suffix == "weight_format"
-            });
+            let fixed = layout
+                .components
+                .get(position)
+                .is_some_and(Component::is_constant);
             let Some(Some(part)) = tensor.parts.get(position) else {
                 continue;
             };
@@ -308,15 +284,8 @@ impl Checkpoint {
     }
 }
 
-/// What bitsandbytes records about a 4-bit tensor.
-#[derive(serde::Deserialize)]
-struct QuantState {
-    blocksize: u64,
-    dtype: String,
-    shape: Vec<u64>,
-    nested_blocksize: Option<u64>,
-    nested_offset: Option<f64>,
-}
+/// A packed tensor: name of the weight, format, layout.
+type Recognised = (String, &'static dyn Format, Layout);
 
 fn plain_tensor(array: Stored) -> Result<Tensor> {
     let entry = &array.entry;
@@ -342,7 +311,7 @@ fn packed_int8(
     stored: &BTreeMap<&str, Stored>,
     module: &str,
     scales: &Stored,
-) -> Result<Option<(String, &'static dyn Format, Layout)>> {
+) -> Result<Option<Recognised>> {
     if !(module.is_empty() || module.ends_with('.')) {
         return Ok(None);
     }
