@@ -12,10 +12,8 @@ use crate::float;
 use crate::formats::{self, Format, Layout, MAX_PARTS};
 use crate::shape;
 
-use super::slab::refuse_nonfinite;
+use super::slab::{refuse_nonfinite, TILE_WEIGHTS};
 
-/// Weights of a tile, rounded up to a whole number of units: small enough for the nearest cache.
-const TILE_WEIGHTS: u64 = 4 * 1024;
 /// Fewer weights than this are not worth a thread of their own.
 const LEAST_WEIGHTS_PER_THREAD: u64 = 256 * 1024;
 

@@ -13,7 +13,7 @@ use super::checkpoint::{Checkpoint, Tensor};
 use super::pool::{self, lock, Stop};
 use super::slab::{self, Cut};
 
-/// Source bytes read at a time.
+/// Weights read at a time.
 const SLAB_WEIGHTS: u64 = 1 << 20;
 
 /// Reads slabs of packed tensors into buffers it keeps and decodes them tile by tile.

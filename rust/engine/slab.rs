@@ -12,7 +12,7 @@ use crate::shape;
 
 /// Weights per tile, before rounding to whole units: as `f32` they and their decoded copy take
 /// 32 KiB, which a first-level cache holds. Four times as many were a tenth slower.
-const TILE_WEIGHTS: u64 = 4 * 1024;
+pub const TILE_WEIGHTS: u64 = 4 * 1024;
 
 /// A format with the layout of one tensor in it.
 #[derive(Clone, Copy)]

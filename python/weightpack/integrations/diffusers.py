@@ -6,12 +6,12 @@ Run as `python -m weightpack.integrations.diffusers`: a JSON list on standard in
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from weightpack._lazy import require
+
+from . import answer
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -75,16 +75,5 @@ def _look_up(tensor: str, state: Mapping[str, Any], kinds: Mapping[str, str]) ->
     return kinds.get(module, "other"), module
 
 
-def main() -> None:
-    """Describes each model asked about on standard input; one that cannot be built gets a refusal."""
-    answers: list[dict[str, Any]] = []
-    for request in json.load(sys.stdin):
-        try:
-            answers.append(describe_layers(request["config"], request["tensors"]))
-        except Exception as error:  # A class may fail to build in any way; the person is told which.
-            answers.append({"refusal": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
-    print(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    answer(describe_layers)

@@ -6,12 +6,12 @@ Run as `python -m weightpack.integrations.transformers`: a JSON list on standard
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from weightpack._lazy import require
+
+from . import answer
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -153,16 +153,5 @@ def _statistics_follow(name: str, renamings: Any, apply_renamings: Any) -> bool:
     return absmax == f"{target}.absmax" and scale == (f"{target_base}.SCB" if target_base else "SCB")
 
 
-def main() -> None:
-    """Describes each model asked about on standard input; one that cannot be built gets a refusal."""
-    answers: list[dict[str, Any]] = []
-    for request in json.load(sys.stdin):
-        try:
-            answers.append(describe_layers(request["config"], request["tensors"]))
-        except Exception as error:  # A class may fail to build in any way; the person is told which.
-            answers.append({"refusal": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
-    print(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    answer(describe_layers)
