@@ -13,14 +13,14 @@ from weightpack.targets import FormatInfo, choose
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 TABLE = [
-    FormatInfo("f32", "f32", "any", "exact", "", "", 32),
-    FormatInfo("f16", "f16", "any", "exact", "", "", 16),
-    FormatInfo("bf16", "bf16", "any", "exact", "", "", 16),
-    FormatInfo("bitsandbytes:nf4", "nf4", "safetensors", "exact", "", "", 4.5),
-    FormatInfo("bitsandbytes:fp4", "fp4", "safetensors", "exact", "", "", 4.5),
-    FormatInfo("bitsandbytes:int8", None, "safetensors", "exact", "", "", 8),
-    FormatInfo("gguf:q8_0", "q8_0", "gguf", "exact", "", "", 8.5),
-    FormatInfo("gguf:q4_0", "q4_0", "gguf", "exact", "", "", 4.5),
+    FormatInfo("f32", "f32", "any", "exact", "", "", 32, "always"),
+    FormatInfo("f16", "f16", "any", "exact", "", "", 16, "always"),
+    FormatInfo("bf16", "bf16", "any", "exact", "", "", 16, "always"),
+    FormatInfo("bitsandbytes:nf4", "nf4", "safetensors", "exact", "", "", 4.5, "always"),
+    FormatInfo("bitsandbytes:fp4", "fp4", "safetensors", "exact", "", "", 4.5, "always"),
+    FormatInfo("bitsandbytes:int8", None, "safetensors", "exact", "", "", 8, "always"),
+    FormatInfo("gguf:q8_0", "q8_0", "gguf", "exact", "", "", 8.5, "always"),
+    FormatInfo("gguf:q4_0", "q4_0", "gguf", "exact", "", "", 4.5, "always"),
 ]
 
 

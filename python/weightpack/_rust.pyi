@@ -26,7 +26,7 @@ __all__ = [
 __version__: str
 
 def formats() -> str:
-    """JSON list of the format table: name, short, container, exactness, peer, reader, bits_per_weight."""
+    """JSON list of the format table: name, short, container, exactness, peer, reader, bits_per_weight, encodes."""
 
 def layout(format: str, shape: list[int], params: str) -> str:
     """JSON list of components: suffix, sibling, dtype, shape, bytes, late. `params` is a JSON object."""
@@ -39,6 +39,7 @@ def encode(
     dtype: str,
     out: list[NDArray[np.uint8]],
     threads: int | None,
+    importance: NDArray[np.float32] | None = None,
 ) -> list[int]:
     """Encodes a whole array into one byte array per component; gives each one's final length in bytes."""
 

@@ -38,6 +38,8 @@ class FormatInfo:
     """Who reads the result."""
     bits_per_weight: float
     """Data and scales, at default parameters."""
+    encodes: str
+    """When it can be written: `always`, `with importance` (a vector is needed) or `never`."""
 
     @property
     def backend(self) -> str:

@@ -39,6 +39,7 @@ pub fn encode_array(
     components: &mut [&mut [u8]],
     options: Options,
 ) -> Result<Vec<u64>> {
+    format.check_encodes(&layout.params)?;
     check_length("array", dtype.byte_len(&layout.shape)?, data.len())?;
     check_components(layout, components.iter().map(|bytes| bytes.len()))?;
     let source = Source {

@@ -23,6 +23,15 @@ pub fn assign(
     let checkpoint = checkpoint_at(checkpoints, assignment.checkpoint)?;
     let position = checkpoint.position(&assignment.name)?;
     let tensor = checkpoint.tensor(&assignment.name)?;
+    if !assignment.rows.is_empty()
+        || assignment.shape.is_some()
+        || assignment.add.is_some()
+        || assignment.importance.is_some()
+    {
+        return Err(Error::unsupported(
+            "rows, shape, add and importance are not carried out yet",
+        ));
+    }
     let path = checkpoint.path(tensor.main()?.file).to_owned();
     let locate = |error: Error| error.tensor(&tensor.name).file(&path);
     let action = action(tensor, slab_bytes, assignment).map_err(locate)?;
@@ -58,6 +67,7 @@ fn action(tensor: &Tensor, slab_bytes: u64, assignment: &Assignment) -> Result<A
         ))
     })?;
     let params = assignment.params.params(tensor.dtype)?;
+    format.check_encodes(&params)?;
     let layout = format.layout(&tensor.shape, &params)?;
     let same = source.format.info().name == format.info().name
         && source.layout.components == layout.components;

@@ -81,6 +81,62 @@ pub struct Assignment {
     /// Reason, for people.
     #[serde(default)]
     pub why: String,
+    /// Rows of tensors of the same checkpoint that, joined in this order, are the tensor; empty for
+    /// the tensor called `name` as it is. A row is a run along the last dimension.
+    #[serde(default)]
+    pub rows: Vec<Rows>,
+    /// Shape of the result where it is not that of the source: the same weights in the same order.
+    #[serde(default)]
+    pub shape: Option<Vec<u64>>,
+    /// Added to every weight, in `f32`, before it is encoded.
+    #[serde(default)]
+    pub add: Option<f32>,
+    /// Where the importance of the columns is stored.
+    #[serde(default)]
+    pub importance: Option<ImportanceSource>,
+}
+
+/// Some rows of one tensor.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    /// Name of the tensor.
+    pub name: String,
+    /// First row.
+    #[serde(default)]
+    pub first: u64,
+    /// Number of rows; `None` for all that follow.
+    #[serde(default)]
+    pub count: Option<u64>,
+    /// Reorder the rows within each of this many equal groups (the heads of an attention): from
+    /// [parts, half] to [half, parts], so that with two parts the rows of the halves alternate.
+    #[serde(default)]
+    pub interleave: Option<Interleave>,
+}
+
+/// A reordering of rows.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Interleave {
+    /// Groups, each by itself.
+    pub groups: u64,
+    /// Parts of a group that are interleaved: row `part·size + i` becomes row `i·parts + part`.
+    pub parts: u64,
+}
+
+/// Where the importance of a tensor's columns is stored: sums of squared activations, and how many
+/// activations they are the sums of (llama.cpp's imatrix GGUF).
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportanceSource {
+    /// Which of the checkpoints holds them; `None` for 1 everywhere.
+    pub checkpoint: Option<usize>,
+    /// Sums, one row per matrix.
+    #[serde(default)]
+    pub sums: String,
+    /// Counts, one per matrix.
+    #[serde(default)]
+    pub counts: String,
 }
 
 /// The part of [`Params`] that a caller chooses.

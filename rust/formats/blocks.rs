@@ -8,6 +8,17 @@ use crate::error::Result;
 use crate::kernels::{self, Level};
 use crate::shape;
 
+/// What an importance vector does to a block type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weighing {
+    /// Nothing: the bytes are the same.
+    Ignored,
+    /// It changes the search in each block by itself.
+    ByBlock,
+    /// It changes the search, which also looks at the whole row.
+    ByRow,
+}
+
 /// A numeric layout whose blocks stand alone: `WEIGHTS` weights in, `BYTES` bytes out.
 pub trait Block: Sync + Send + 'static {
     /// The row of the format table.
@@ -19,9 +30,19 @@ pub trait Block: Sync + Send + 'static {
     /// Bytes per block.
     const BYTES: usize;
 
+    /// What an importance vector does.
+    const WEIGHING: Weighing = Weighing::Ignored;
+
     /// Encodes whole blocks: `weights.len() / WEIGHTS == blocks.len() / BYTES`. The bytes are the
     /// same at every level.
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]);
+
+    /// As [`Block::encode`], with the importance of each weight. The blocks are neighbours in one
+    /// row; with [`Weighing::ByRow`] they are the row.
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        let _ = importance;
+        Self::encode(level, weights, blocks);
+    }
 
     /// Decodes whole blocks.
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]);
@@ -45,6 +66,10 @@ impl<B: Block> Format for Blocks<B> {
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
         B::DTYPE.byte_len(shape)?;
         params.refuse_choices(B::INFO.name, Some(B::WEIGHTS as u64))?;
+        if let Some(importance) = &params.importance {
+            importance.check(B::INFO.name, shape)?;
+        }
+        let row_weights = shape.last().copied().unwrap_or(1).max(1);
         Ok(Layout {
             shape: shape.to_vec(),
             weights: shape::count_weights(shape)?,
@@ -59,20 +84,40 @@ impl<B: Block> Format for Blocks<B> {
                     bytes: B::BYTES as u64,
                 },
             }],
-            unit_weights: B::WEIGHTS as u64,
+            unit_weights: match (&params.importance, B::WEIGHING) {
+                (Some(_), Weighing::ByRow) => row_weights,
+                _ => B::WEIGHTS as u64,
+            },
             statistics: None,
         })
     }
 
     fn encode(
         &self,
-        _layout: &Layout,
-        _first: u64,
+        layout: &Layout,
+        first: u64,
         weights: &[f32],
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
-        B::encode(kernels::level(), weights, parts[0]);
+        let importance = match &layout.params.importance {
+            Some(importance) if B::WEIGHING != Weighing::Ignored => importance,
+            _ => {
+                B::encode(kernels::level(), weights, parts[0]);
+                return Ok(());
+            }
+        };
+        // A tile may hold the end of one row and the beginning of the next.
+        let row_weights = layout.shape.last().copied().unwrap_or(1).max(1);
+        let (mut first, mut weights, mut blocks) = (first, weights, &mut *parts[0]);
+        while !weights.is_empty() {
+            let left = shape::to_usize(row_weights - first % row_weights)?;
+            let (here, later) = weights.split_at(left.min(weights.len()));
+            let (packed, rest) = blocks.split_at_mut(here.len() / B::WEIGHTS * B::BYTES);
+            let importance = importance.of_row(&layout.shape, first, here.len())?;
+            B::encode_weighted(kernels::level(), here, importance, packed);
+            (first, weights, blocks) = (first + here.len() as u64, later, rest);
+        }
         Ok(())
     }
 

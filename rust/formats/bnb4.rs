@@ -44,8 +44,8 @@
 use std::sync::LazyLock;
 
 use super::{
-    bnb4_state, Component, Exactness, Format, Info, Layout, NonFinite, Params, Parts, PartsMut,
-    Span,
+    bnb4_state, Component, Encodes, Exactness, Format, Info, Layout, NonFinite, Params, Parts,
+    PartsMut, Span,
 };
 use crate::codebook::{self, Codebook};
 use crate::dtype::Dtype;
@@ -90,6 +90,7 @@ impl Bnb4 {
                 peer: "bitsandbytes 0.50.2",
                 reader: "bitsandbytes, transformers, diffusers",
                 bits_per_weight: 4.5,
+                encodes: Encodes::Always,
             },
             codebook,
             quant_type,

@@ -23,7 +23,7 @@
 //! 0, `int8_vectorwise_dequant`). A 64-bit source is rounded to f16 once here; torch rounds it
 //! twice.
 
-use super::{Component, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Level};
@@ -42,6 +42,7 @@ static INFO: Info = Info {
     peer: "bitsandbytes 0.50.2",
     reader: "bitsandbytes, transformers, diffusers",
     bits_per_weight: 8.0,
+    encodes: Encodes::Always,
 };
 
 /// What a decoded product is multiplied with.

@@ -39,7 +39,7 @@
 use half::f16;
 
 use super::blocks::{Block, Blocks};
-use super::{Exactness, Info};
+use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -74,6 +74,7 @@ const fn info(name: &'static str, short: &'static str, bytes: usize) -> Info {
         peer: "gguf-py 0.19, ggml 0.25.3",
         reader: "llama.cpp, gguf-py, diffusers, transformers",
         bits_per_weight: 8.0 * bytes as f64 / WEIGHTS as f64,
+        encodes: Encodes::Always,
     }
 }
 

@@ -23,12 +23,13 @@ pub mod ggml_basic;
 mod plain;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{kernels, shape};
 
-pub use blocks::Block;
+pub use blocks::{Block, Weighing};
 pub use bnb4_state::{read_quant_state, QuantState};
 
 pub use crate::kernels::ErrorSums;
@@ -54,6 +55,71 @@ pub struct Params {
     /// bitsandbytes double quantization: mean that was taken off the scales. Set by
     /// [`Format::settle`] when encoding and by the reader when decoding.
     pub nested_offset: f32,
+    /// GGUF: how much each weight counts when codes and scales are searched.
+    pub importance: Option<Importance>,
+}
+
+/// How much each weight of a row counts: one number per column, the same for every row of a matrix.
+/// Finite and not negative.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Importance(Arc<[f32]>);
+
+impl Importance {
+    /// `values` hold one number per column, or, for a stack of matrices, one per matrix and column.
+    pub fn new(values: Vec<f32>) -> Result<Self> {
+        match values
+            .iter()
+            .position(|value| !(value.is_finite() && *value >= 0.0))
+        {
+            Some(index) => Err(Error::format(format!(
+                "importance {index} is {}, expected a finite number that is not negative",
+                values[index]
+            ))),
+            None => Ok(Importance(values.into())),
+        }
+    }
+
+    /// Fails unless it goes with a tensor of `shape`.
+    fn check(&self, format: &str, shape: &[u64]) -> Result<()> {
+        let columns = shape.last().copied().unwrap_or(1);
+        let matrices = match shape {
+            [matrices @ .., _, _] => shape::count_weights(matrices)?,
+            _ => 1,
+        };
+        let given = self.0.len() as u64;
+        if given == columns || columns.checked_mul(matrices) == Some(given) {
+            return Ok(());
+        }
+        Err(Error::format(format!(
+            "{format}: importance of {given} numbers, expected {columns} (one per column)"
+        )))
+    }
+
+    /// The numbers for `count` weights of a tensor of `shape`, all of one row, from weight `first`.
+    fn of_row(&self, shape: &[u64], first: u64, count: usize) -> Result<&[f32]> {
+        let columns = shape.last().copied().unwrap_or(1).max(1);
+        let rows = match shape {
+            [.., rows, _] => (*rows).max(1),
+            _ => 1,
+        };
+        let matrices = (self.0.len() as u64 / columns).max(1);
+        let matrix = (first / columns / rows) % matrices;
+        let start = shape::to_usize(matrix * columns + first % columns)?;
+        self.0
+            .get(start..start + count)
+            .ok_or_else(|| Error::Internal(String::from("importance is too short")))
+    }
+}
+
+/// When a format can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encodes {
+    /// From weights alone.
+    Always,
+    /// Only with an importance vector.
+    WithImportance,
+    /// Not at all: it is decoded only.
+    Never,
 }
 
 impl Default for Params {
@@ -63,6 +129,7 @@ impl Default for Params {
             double_quant: false,
             dtype: Dtype::F32,
             nested_offset: 0.0,
+            importance: None,
         }
     }
 }
@@ -239,6 +306,8 @@ pub struct Info {
     pub reader: &'static str,
     /// Nominal bits per weight, data and scales, at default parameters.
     pub bits_per_weight: f64,
+    /// When it can be written.
+    pub encodes: Encodes,
 }
 
 /// A numeric layout. Object-safe; implementations hold no state.
@@ -265,6 +334,22 @@ pub trait Format: Sync + Send {
     /// records tensor-wide parameters in the layout.
     fn settle(&self, _layout: &mut Layout, _statistics: &mut [u8]) -> Result<()> {
         Ok(())
+    }
+
+    /// Fails if tensors cannot be encoded with these parameters, whatever their shape.
+    fn check_encodes(&self, params: &Params) -> Result<()> {
+        let info = self.info();
+        match info.encodes {
+            Encodes::Never => Err(Error::unsupported(format!(
+                "{}: is decoded, and not encoded",
+                info.name
+            ))),
+            Encodes::WithImportance if params.importance.is_none() => Err(Error::unsupported(
+                format!("{}: is encoded with an importance vector only", info.name),
+            )
+            .hint("give one (--importance FILE), or choose another format")),
+            Encodes::WithImportance | Encodes::Always => Ok(()),
+        }
     }
 
     /// Encodes the tile that begins at weight `first` into its part of each sliced component.

@@ -8,7 +8,9 @@
 //! Peers: torch 2.13 (`Tensor.to`), gguf-py 0.19 (`quants.py`: `BF16`). A signalling NaN is the one
 //! difference: it becomes quiet here.
 
-use super::{Component, Exactness, Format, Info, Layout, NonFinite, Params, Parts, PartsMut, Span};
+use super::{
+    Component, Encodes, Exactness, Format, Info, Layout, NonFinite, Params, Parts, PartsMut, Span,
+};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{float, shape};
@@ -37,6 +39,7 @@ impl Plain {
                 peer: "torch 2.13",
                 reader: "everything",
                 bits_per_weight: 8.0 * bytes as f64,
+                encodes: Encodes::Always,
             },
             dtype,
             bytes,

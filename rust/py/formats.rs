@@ -9,7 +9,7 @@ use crate::bits::{self, NibbleOrder};
 use crate::dtype::Dtype;
 use crate::engine::array::{self, Options};
 use crate::error::{Error, Result};
-use crate::formats::{self, Exactness, Layout, Params, Span};
+use crate::formats::{self, Encodes, Exactness, Importance, Layout, Params, Span};
 
 /// Adds this module's functions to `_rust`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -30,6 +30,7 @@ struct FormatRow {
     peer: &'static str,
     reader: &'static str,
     bits_per_weight: f64,
+    encodes: &'static str,
 }
 
 #[derive(Serialize)]
@@ -62,6 +63,7 @@ impl Choices {
             double_quant: choices.double_quant,
             dtype: choices.dtype.as_deref().map_or(Ok(Dtype::F32), dtype_of)?,
             nested_offset: choices.nested_offset,
+            importance: None,
         };
         Ok((params, choices.keep_nonfinite))
     }
@@ -93,6 +95,11 @@ fn list_formats(py: Python<'_>) -> PyResult<String> {
                     peer: info.peer,
                     reader: info.reader,
                     bits_per_weight: info.bits_per_weight,
+                    encodes: match info.encodes {
+                        Encodes::Always => "always",
+                        Encodes::WithImportance => "with importance",
+                        Encodes::Never => "never",
+                    },
                 }
             })
             .collect();
@@ -127,6 +134,7 @@ fn component_rows(layout: &Layout) -> Result<Vec<ComponentRow<'_>>> {
 }
 
 #[pyfunction]
+#[pyo3(signature = (format, shape, params, data, dtype, out, threads, importance=None))]
 #[allow(clippy::too_many_arguments)]
 fn encode(
     py: Python<'_>,
@@ -137,14 +145,20 @@ fn encode(
     dtype: &str,
     mut out: Vec<PyReadwriteArray1<'_, u8>>,
     threads: Option<usize>,
+    importance: Option<PyReadonlyArray1<'_, f32>>,
 ) -> PyResult<Vec<u64>> {
     let data = data.as_slice()?;
+    let importance = match &importance {
+        Some(importance) => Some(importance.as_slice()?.to_vec()),
+        None => None,
+    };
     let mut out = out
         .iter_mut()
         .map(|array| array.as_slice_mut())
         .collect::<Result<Vec<&mut [u8]>, _>>()?;
     guarded(py, || {
-        let (params, keep_nonfinite) = Choices::parse(params)?;
+        let (mut params, keep_nonfinite) = Choices::parse(params)?;
+        params.importance = importance.map(Importance::new).transpose()?;
         let format = formats::find(format)?;
         let mut layout = format.layout(&shape, &params)?;
         let options = Options {
