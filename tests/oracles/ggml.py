@@ -1,0 +1,154 @@
+"""ggml's own C (the library inside llama-cpp-python), called through ctypes without importing the package."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+IDS = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q8_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "Q8_K": 15,
+    "IQ2_XXS": 16,
+    "IQ2_XS": 17,
+    "IQ3_XXS": 18,
+    "IQ1_S": 19,
+    "IQ4_NL": 20,
+    "IQ3_S": 21,
+    "IQ2_S": 22,
+    "IQ4_XS": 23,
+    "IQ1_M": 29,
+    "BF16": 30,
+    "TQ1_0": 34,
+    "TQ2_0": 35,
+    "MXFP4": 39,
+    "NVFP4": 40,
+    "Q1_0": 41,
+    "Q2_0": 42,
+}
+"""Ids of the tensor types, by name."""
+
+
+class InitParams(ctypes.Structure):
+    """`gguf_init_params`."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+class TypeTraits(ctypes.Structure):
+    """`ggml_type_traits`."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("block_weights", ctypes.c_int64),
+        ("block_weights_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p],
+    ),
+    "ggml_quantize_requires_imatrix": (ctypes.c_bool, [ctypes.c_int]),
+    "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), [ctypes.c_int]),
+    "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, InitParams]),
+    "gguf_free": (None, [ctypes.c_void_p]),
+    "gguf_get_n_tensors": (ctypes.c_int64, [ctypes.c_void_p]),
+    "gguf_get_data_offset": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "gguf_get_tensor_name": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_offset": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_find_key": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
+    "gguf_get_val_str": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
+}
+
+
+class Ggml:
+    """The shared library; `library` holds every function of the list above."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+
+    def traits(self, name: str) -> TypeTraits:
+        """What ggml knows about a type."""
+        traits: TypeTraits = self.library.ggml_get_type_traits(IDS[name]).contents
+        return traits
+
+    def quantize(self, name: str, rows: Any, importance: Any = None) -> NDArray[np.uint8]:
+        """Encodes [rows, columns]; `importance` is one number per column. Gives [rows, row bytes]."""
+        source = np.ascontiguousarray(rows, np.float32)
+        count, columns = source.shape
+        traits = self.traits(name)
+        target = np.zeros((count, columns // traits.block_weights * traits.block_bytes), np.uint8)
+        weighing = None if importance is None else np.ascontiguousarray(importance, np.float32)
+        written = self.library.ggml_quantize_chunk(
+            IDS[name],
+            source.ctypes.data,
+            target.ctypes.data,
+            0,
+            count,
+            columns,
+            None if weighing is None else weighing.ctypes.data,
+        )
+        assert written == target.nbytes
+        return target
+
+    def to_float(self, name: str) -> Any:
+        """The decoding function: address of blocks, address of weights, number of weights."""
+        address = self.traits(name).to_float
+        if name == "Q8_K":
+            # An activation format: the type table has no entry for it.
+            address = ctypes.cast(self.library.dequantize_row_q8_K, ctypes.c_void_p).value
+        assert address is not None, f"ggml does not decode {name}"
+        return _TO_FLOAT(address)
+
+    def dequantize(self, name: str, blocks: Any, weights: int | None = None) -> NDArray[np.float32]:
+        """Decodes whole blocks, by default all of them, to a flat array."""
+        source = np.ascontiguousarray(blocks, np.uint8).reshape(-1)
+        traits = self.traits(name)
+        if weights is None:
+            weights = source.size // traits.block_bytes * traits.block_weights
+        assert weights // traits.block_weights * traits.block_bytes <= source.size
+        target = np.empty(weights, np.float32)
+        self.to_float(name)(source.ctypes.data, target.ctypes.data, weights)
+        return target
+
+
+def open_ggml() -> Ggml:
+    """The library, or a skip with a reason (a failure in CI)."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        if os.environ.get("CI"):
+            pytest.fail("peer library llama_cpp is not installed")
+        pytest.skip("peer library llama_cpp is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+    return Ggml(next(folder.glob("*ggml-base*")))
