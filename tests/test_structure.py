@@ -18,7 +18,8 @@ RUST = ROOT / "rust"
 ORDER = [
     "errors", "_rust", "_lazy", "terminal", "entry", "sizes", "targets", "_arrays", "formats_", "gguf",
     "mapping", "keymaps", "language", "architectures", "overrides", "skip_list", "layers", "rules",
-    "folder", "model_config", "report", "checkpoint", "convert_", "inspect_", "diff_", "progress", "demo", "tables", "cli", "__main__",
+    "folder", "model_config", "report", "checkpoint", "convert_",
+    "inspect_", "diff_", "progress", "demo", "tables", "cli", "__main__",
 ]  # fmt: skip
 """Each module may import those that stand before it."""
 
