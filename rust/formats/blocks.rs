@@ -2,6 +2,8 @@
 
 use std::marker::PhantomData;
 
+use half::f16;
+
 use super::{Component, Format, Info, Layout, Params, Parts, PartsMut, Span};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -34,8 +36,12 @@ pub trait Block: Sync + Send + 'static {
     const WEIGHING: Weighing = Weighing::Ignored;
 
     /// Encodes whole blocks: `weights.len() / WEIGHTS == blocks.len() / BYTES`. The bytes are the
-    /// same at every level.
-    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]);
+    /// same at every level. Types that are never written keep this body, which
+    /// [`Format::check_encodes`] keeps from being reached.
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let _ = (level, weights);
+        blocks.fill(0);
+    }
 
     /// As [`Block::encode`], with the importance of each weight. The blocks are neighbours in one
     /// row; with [`Weighing::ByRow`] they are the row.
@@ -131,4 +137,60 @@ impl<B: Block> Format for Blocks<B> {
         B::decode(kernels::level(), parts[0], weights);
         Ok(())
     }
+}
+
+/// Encodes all blocks but the first `done`.
+pub(super) fn for_each_encoded<const WEIGHTS: usize, const BYTES: usize>(
+    done: usize,
+    weights: &[f32],
+    blocks: &mut [u8],
+    encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]),
+) {
+    for (weights, block) in weights
+        .as_chunks()
+        .0
+        .iter()
+        .zip(blocks.as_chunks_mut().0)
+        .skip(done)
+    {
+        encode(weights, block);
+    }
+}
+
+/// Decodes all blocks but the first `done`.
+pub(super) fn for_each_decoded<const WEIGHTS: usize, const BYTES: usize>(
+    done: usize,
+    blocks: &[u8],
+    weights: &mut [f32],
+    decode: impl Fn(&[u8; BYTES], &mut [f32; WEIGHTS]),
+) {
+    for (block, weights) in blocks
+        .as_chunks()
+        .0
+        .iter()
+        .zip(weights.as_chunks_mut().0)
+        .skip(done)
+    {
+        decode(block, weights);
+    }
+}
+
+/// Writes the f16 nearest to `value` at byte `at`.
+pub(super) fn put_half(block: &mut [u8], at: usize, value: f32) {
+    block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+}
+
+/// The f16 at byte `at`.
+pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// The 16-bit number at byte `at`.
+pub(super) fn u16_at(block: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([block[at], block[at + 1]])
+}
+
+/// The 32-bit number at byte `at`.
+pub(super) fn u32_at(block: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }

@@ -36,9 +36,7 @@
 //! with a negative one in Q4_0 and Q5_0, where its d is +0 and ggml's (followed here) is −0; and
 //! except for the sign of m where m is a zero of either sign: the first one's here and in ggml.
 
-use half::f16;
-
-use super::blocks::{Block, Blocks};
+use super::blocks::{for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
@@ -86,7 +84,7 @@ impl Block for Q4_0 {
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q4_0(level, weights, blocks);
-        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
+        for_each_encoded::<WEIGHTS, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights) / -8.0;
             put_half(block, 0, d);
             let codes = codes(weights, 0.0, reciprocal(d), 8.5, 15);
@@ -96,7 +94,7 @@ impl Block for Q4_0 {
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
         let done = kernels::decode_q4_0(level, blocks, weights);
-        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             let codes = nibbles_at(block, 2);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -114,7 +112,7 @@ impl Block for Q4_1 {
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q4_1(level, weights, blocks);
-        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
+        for_each_encoded::<WEIGHTS, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let (least, most) = range(weights);
             let d = (most - least) / 15.0;
             put_half(block, 0, d);
@@ -126,7 +124,7 @@ impl Block for Q4_1 {
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
         let done = kernels::decode_q4_1(level, blocks, weights);
-        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let (d, m) = (half_at(block, 0), half_at(block, 2));
             let codes = nibbles_at(block, 4);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -144,7 +142,7 @@ impl Block for Q5_0 {
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q5_0(level, weights, blocks);
-        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
+        for_each_encoded::<WEIGHTS, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights) / -16.0;
             put_half(block, 0, d);
             let codes = codes(weights, 0.0, reciprocal(d), 16.5, 31);
@@ -155,7 +153,7 @@ impl Block for Q5_0 {
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
         let done = kernels::decode_q5_0(level, blocks, weights);
-        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             let codes = with_high_bits(nibbles_at(block, 6), block, 2);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -173,7 +171,7 @@ impl Block for Q5_1 {
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q5_1(level, weights, blocks);
-        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
+        for_each_encoded::<WEIGHTS, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let (least, most) = range(weights);
             let d = (most - least) / 31.0;
             put_half(block, 0, d);
@@ -186,7 +184,7 @@ impl Block for Q5_1 {
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
         let done = kernels::decode_q5_1(level, blocks, weights);
-        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let (d, m) = (half_at(block, 0), half_at(block, 2));
             let codes = with_high_bits(nibbles_at(block, 8), block, 4);
             for (weight, code) in weights.iter_mut().zip(codes) {
@@ -204,7 +202,7 @@ impl Block for Q8_0 {
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q8_0(level, weights, blocks);
-        for_each_encoded::<{ Self::BYTES }>(done, weights, blocks, |weights, block| {
+        for_each_encoded::<WEIGHTS, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = extreme(weights).abs() / 127.0;
             put_half(block, 0, d);
             let scale = reciprocal(d);
@@ -217,48 +215,12 @@ impl Block for Q8_0 {
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
         let done = kernels::decode_q8_0(level, blocks, weights);
-        for_each_decoded::<{ Self::BYTES }>(done, blocks, weights, |block, weights| {
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (weight, &byte) in weights.iter_mut().zip(&block[2..]) {
                 *weight = f32::from(byte.cast_signed()) * d;
             }
         });
-    }
-}
-
-/// Encodes all blocks but the first `done`.
-fn for_each_encoded<const BYTES: usize>(
-    done: usize,
-    weights: &[f32],
-    blocks: &mut [u8],
-    encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]),
-) {
-    for (weights, block) in weights
-        .as_chunks()
-        .0
-        .iter()
-        .zip(blocks.as_chunks_mut().0)
-        .skip(done)
-    {
-        encode(weights, block);
-    }
-}
-
-/// Decodes all blocks but the first `done`.
-fn for_each_decoded<const BYTES: usize>(
-    done: usize,
-    blocks: &[u8],
-    weights: &mut [f32],
-    decode: impl Fn(&[u8; BYTES], &mut [f32; WEIGHTS]),
-) {
-    for (block, weights) in blocks
-        .as_chunks()
-        .0
-        .iter()
-        .zip(weights.as_chunks_mut().0)
-        .skip(done)
-    {
-        decode(block, weights);
     }
 }
 
@@ -298,14 +260,6 @@ fn reciprocal(d: f32) -> f32 {
 /// min(limit, trunc((x − least)·scale + bias)); NaN gives 0.
 fn codes(weights: &[f32; WEIGHTS], least: f32, scale: f32, bias: f32, limit: u8) -> [u8; WEIGHTS] {
     weights.map(|weight| (((weight - least) * scale + bias) as u8).min(limit))
-}
-
-fn put_half(block: &mut [u8], at: usize, value: f32) {
-    block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
-}
-
-fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 fn put_nibbles(block: &mut [u8], at: usize, codes: &[u8; WEIGHTS]) {

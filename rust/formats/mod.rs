@@ -20,6 +20,10 @@ mod bnb4_state;
 pub mod bnb8;
 #[doc(hidden)]
 pub mod ggml_basic;
+#[doc(hidden)]
+pub mod ggml_iq;
+#[doc(hidden)]
+pub mod iq_grids;
 mod plain;
 
 use std::borrow::Cow;
@@ -412,6 +416,15 @@ pub static FORMATS: &[&dyn Format] = &[
     &ggml_basic::Q5_0_FORMAT,
     &ggml_basic::Q5_1_FORMAT,
     &ggml_basic::Q8_0_FORMAT,
+    &ggml_iq::IQ4_XS_FORMAT,
+    &ggml_iq::IQ4_NL_FORMAT,
+    &ggml_iq::IQ1_M_FORMAT,
+    &ggml_iq::IQ1_S_FORMAT,
+    &ggml_iq::IQ3_S_FORMAT,
+    &ggml_iq::IQ3_XXS_FORMAT,
+    &ggml_iq::IQ2_S_FORMAT,
+    &ggml_iq::IQ2_XS_FORMAT,
+    &ggml_iq::IQ2_XXS_FORMAT,
     &plain::BF16,
     &plain::F16,
     &plain::F32,
@@ -442,6 +455,15 @@ pub fn for_dtype(dtype: Dtype) -> Option<&'static dyn Format> {
         Dtype::Q5_0 => &ggml_basic::Q5_0_FORMAT,
         Dtype::Q5_1 => &ggml_basic::Q5_1_FORMAT,
         Dtype::Q8_0 => &ggml_basic::Q8_0_FORMAT,
+        Dtype::IQ4_XS => &ggml_iq::IQ4_XS_FORMAT,
+        Dtype::IQ4_NL => &ggml_iq::IQ4_NL_FORMAT,
+        Dtype::IQ1_M => &ggml_iq::IQ1_M_FORMAT,
+        Dtype::IQ1_S => &ggml_iq::IQ1_S_FORMAT,
+        Dtype::IQ3_S => &ggml_iq::IQ3_S_FORMAT,
+        Dtype::IQ3_XXS => &ggml_iq::IQ3_XXS_FORMAT,
+        Dtype::IQ2_S => &ggml_iq::IQ2_S_FORMAT,
+        Dtype::IQ2_XS => &ggml_iq::IQ2_XS_FORMAT,
+        Dtype::IQ2_XXS => &ggml_iq::IQ2_XXS_FORMAT,
         _ => return None,
     })
 }

@@ -21,12 +21,18 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_vector(case):
-    source = np.frombuffer(bytes.fromhex(case["source"]), DTYPES[case["dtype"]]).reshape(case["shape"])
-    parts = wp.quantize(source, case["format"], **case["params"])
-    assert set(parts) == set(case["components"])
-    for name, expected in case["components"].items():
-        assert parts[name].tobytes().hex() == expected["data"], name
-        assert list(parts[name].shape) == expected["shape"], name
+    if case["source"] is None:
+        parts = {
+            name: np.frombuffer(bytes.fromhex(part["data"]), np.uint8).reshape(part["shape"])
+            for name, part in case["components"].items()
+        }
+    else:
+        source = np.frombuffer(bytes.fromhex(case["source"]), DTYPES[case["dtype"]]).reshape(case["shape"])
+        parts = wp.quantize(source, case["format"], **case["params"])
+        assert set(parts) == set(case["components"])
+        for name, expected in case["components"].items():
+            assert parts[name].tobytes().hex() == expected["data"], name
+            assert list(parts[name].shape) == expected["shape"], name
     decoded = wp.dequantize(parts, case["format"])
-    assert decoded.shape == source.shape
+    assert list(decoded.shape) == case["shape"]
     assert decoded.tobytes().hex() == case["decoded"]

@@ -46,6 +46,44 @@ IDS = {
 }
 """Ids of the tensor types, by name."""
 
+ENCODED_SIMPLY: tuple[str, ...] = ()
+"""Types whose encoder ignores importance."""
+
+_HALF, _SINGLE = (np.dtype("<f2"), np.dtype("<f4"))
+_SCALES: dict[str, tuple[tuple[int, np.dtype[Any]], ...]] = {
+    "Q4_0": ((0, _HALF),),
+    "Q4_1": ((0, _HALF), (2, _HALF)),
+    "Q5_0": ((0, _HALF),),
+    "Q5_1": ((0, _HALF), (2, _HALF)),
+    "Q8_0": ((0, _HALF),),
+    "IQ2_XXS": ((0, _HALF),),
+    "IQ2_XS": ((0, _HALF),),
+    "IQ2_S": ((0, _HALF),),
+    "IQ3_XXS": ((0, _HALF),),
+    "IQ3_S": ((0, _HALF),),
+    "IQ1_S": ((0, _HALF),),
+    "IQ1_M": (),
+    "IQ4_NL": ((0, _HALF),),
+    "IQ4_XS": ((0, _HALF),),
+}
+
+BLOCK_TYPES = tuple(_SCALES)
+"""Types that are decoded."""
+
+
+def put_scales(name: str, blocks: NDArray[np.uint8], scales: NDArray[np.float16]) -> None:
+    """Sets the floats of block k, of [blocks, block bytes], to number k of `scales` (the second one of a
+    block to its half)."""
+    for index, (at, dtype) in enumerate(_SCALES[name]):
+        field = (scales.astype(np.float32) / np.float32(1 + index)).astype(dtype).reshape(-1, 1).view(np.uint8)
+        blocks[:, at : at + dtype.itemsize] = field
+    if name == "IQ1_M":
+        # One nibble of the scale on top of each of four 16-bit numbers.
+        bits = scales.astype(np.float16).view(np.uint16)
+        for index in range(4):
+            high = blocks[:, 49 + 2 * index] & 15
+            blocks[:, 49 + 2 * index] = high | ((bits >> np.uint16(4 * index)) & 15).astype(np.uint8) << 4
+
 
 class InitParams(ctypes.Structure):
     """`gguf_init_params`."""

@@ -1,0 +1,71 @@
+"""Makes the golden vectors of the GGUF types from ggml's own C.
+
+    python tests/vectors/make_ggml.py
+
+writes `tests/vectors/formats/ggml.json` as `make.py` writes its files, with the library that is
+inside llama-cpp-python 0.3.36. Every type that ggml decodes has a case whose `source` is null:
+blocks of random bytes with an ordinary, a subnormal and a large negative scale, and the weights
+they decode to. Types that are encoded in one way from weights alone also have cases with a source.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from tests.oracles.ggml import BLOCK_TYPES, ENCODED_SIMPLY, open_ggml, put_scales  # noqa: E402
+
+SCALES = [0.0123, 3e-6, -31000.0]
+
+
+def hexadecimal(array):
+    return np.ascontiguousarray(array).tobytes().hex()
+
+
+def case(note, name, weights, source, blocks, decoded):
+    return {
+        "note": note,
+        "format": f"gguf:{name.lower()}",
+        "params": {},
+        "dtype": "F32",
+        "shape": list(weights),
+        "source": source,
+        "components": {"": {"dtype": "U8", "shape": list(blocks.shape), "data": hexadecimal(blocks)}},
+        "decoded": hexadecimal(decoded),
+    }
+
+
+def decoded(ggml, name):
+    traits = ggml.traits(name)
+    blocks = np.random.default_rng(traits.block_bytes).integers(0, 256, (3, traits.block_bytes), dtype=np.uint8)
+    put_scales(name, blocks, np.array(SCALES, np.float16))
+    return case("any codes", name, (3, traits.block_weights), None, blocks, ggml.dequantize(name, blocks))
+
+
+def encoded(ggml, name):
+    block = ggml.traits(name).block_weights
+    rng = np.random.default_rng(7)
+    normal = rng.standard_normal((2, block)).astype(np.float32) * np.float32(0.02)
+    steps = rng.integers(-13, 14, (1, block)).astype(np.float32) / 2
+    zeros = np.where(np.arange(block) % 3 == 0, np.float32(-0.0), np.float32(0))[None]
+    for note, weights in (("rows", normal), ("multiples of half a step", steps), ("zeros of both signs", zeros)):
+        blocks = ggml.quantize(name, weights)
+        yield case(note, name, weights.shape, hexadecimal(weights), blocks, ggml.dequantize(name, blocks))
+
+
+if __name__ == "__main__":
+    ggml = open_ggml()
+    cases = [decoded(ggml, name) for name in BLOCK_TYPES]
+    for name in ENCODED_SIMPLY:
+        cases.extend(encoded(ggml, name))
+    text = {
+        "peer": "ggml",
+        "version": "0.25.3 (llama-cpp-python 0.3.36)",
+        "recipe": "tests/vectors/make_ggml.py",
+        "cases": cases,
+    }
+    (HERE / "formats" / "ggml.json").write_text(json.dumps(text, indent=1) + "\n")
