@@ -1,5 +1,6 @@
 //! One assignment: copy or encode, and the arrays it leads to.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::dtype::Dtype;
@@ -9,42 +10,46 @@ use crate::io::{Container, NewEntry};
 use crate::shape;
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::plan::{checkpoint_at, Action, Planned, Slot};
-use super::request::Assignment;
+use super::derive::derive;
+use super::importance::Weighed;
+use super::plan::{checkpoint_at, source_name, Action, Planned, Slot};
+use super::request::{Assignment, Output};
 use super::slab::Cut;
 
 /// Decides copy or encode for one assignment and lists the arrays it leads to.
 pub fn assign(
     checkpoints: &[Arc<Checkpoint>],
+    output: &Output,
     container: Container,
     slab_bytes: u64,
     assignment: &Assignment,
 ) -> Result<(Planned, Vec<NewEntry>)> {
     let checkpoint = checkpoint_at(checkpoints, assignment.checkpoint)?;
-    let position = checkpoint.position(&assignment.name)?;
-    let tensor = checkpoint.tensor(&assignment.name)?;
-    if !assignment.rows.is_empty()
-        || assignment.shape.is_some()
-        || assignment.add.is_some()
-        || assignment.importance.is_some()
-    {
-        return Err(Error::unsupported(
-            "rows, shape, add and importance are not carried out yet",
-        ));
-    }
-    let path = checkpoint.path(tensor.main()?.file).to_owned();
-    let locate = |error: Error| error.tensor(&tensor.name).file(&path);
-    let action = action(tensor, slab_bytes, assignment).map_err(locate)?;
+    let stored_name = assignment
+        .rows
+        .first()
+        .map_or(&assignment.name, |rows| &rows.name);
+    let position = checkpoint.position(stored_name)?;
+    let stored = checkpoint.tensor(stored_name)?;
+    let path = checkpoint.path(stored.main()?.file).to_owned();
+    let locate = |error: Error| error.tensor(&assignment.name).file(&path);
+    let derived = derive(checkpoint, assignment).map_err(locate)?;
+    let tensor = derived.as_ref().unwrap_or(stored);
+    let action = action(checkpoints, tensor, &path, slab_bytes, assignment).map_err(locate)?;
     let (slots, entries) = match &action {
         Action::Copy => copied_entries(tensor, &assignment.target),
         Action::Encode { layout, .. } => encoded_entries(layout, &assignment.target),
     };
     for entry in &entries {
         storable(container, entry.dtype).map_err(locate)?;
+        if container == Container::Gguf {
+            check_dimensions(entry.shape.len(), output.max_dimensions).map_err(locate)?;
+        }
     }
     let planned = Planned {
         checkpoint: assignment.checkpoint,
         position,
+        derived,
         target: assignment.target.clone(),
         why: assignment.why.clone(),
         action,
@@ -54,8 +59,26 @@ pub fn assign(
     Ok((planned, entries))
 }
 
-fn action(tensor: &Tensor, slab_bytes: u64, assignment: &Assignment) -> Result<Action> {
+fn action(
+    checkpoints: &[Arc<Checkpoint>],
+    tensor: &Tensor,
+    path: &Path,
+    slab_bytes: u64,
+    assignment: &Assignment,
+) -> Result<Action> {
+    let shape = assignment.shape.as_ref().unwrap_or(&tensor.shape);
     if assignment.format == "copy" {
+        if assignment.add.is_some() {
+            return Err(Error::config(
+                "a number is added to decoded weights, not to copied bytes",
+            ));
+        }
+        if *shape != tensor.shape {
+            return Err(Error::unsupported(format!(
+                "{} is stored as several arrays and is not copied into another shape",
+                source_name(tensor)
+            )));
+        }
         return Ok(Action::Copy);
     }
     let format = formats::find(&assignment.format)?;
@@ -66,10 +89,23 @@ fn action(tensor: &Tensor, slab_bytes: u64, assignment: &Assignment) -> Result<A
             format.info().name
         ))
     })?;
-    let params = assignment.params.params(tensor.dtype)?;
-    format.check_encodes(&params)?;
-    let layout = format.layout(&tensor.shape, &params)?;
-    let same = source.format.info().name == format.info().name
+    let mut params = assignment.params.params(tensor.dtype)?;
+    let weighed = match &assignment.importance {
+        Some(source) if format.weighs() => {
+            let name = &assignment.target;
+            Some(Weighed::new(checkpoints, source, name, path, shape)?)
+        }
+        _ => None,
+    };
+    // What it holds decides how the work is cut; it is loaded anew when the tensor is worked on.
+    params.importance = weighed
+        .as_ref()
+        .map(|weighed| weighed.load(checkpoints))
+        .transpose()?;
+    let mut layout = format.layout(shape, &params)?;
+    layout.params.importance = None;
+    let same = assignment.add.is_none()
+        && source.format.info().name == format.info().name
         && source.layout.components == layout.components;
     if same
         && source.layout.params.block_size.unwrap_or_default()
@@ -77,6 +113,7 @@ fn action(tensor: &Tensor, slab_bytes: u64, assignment: &Assignment) -> Result<A
     {
         return Ok(Action::Copy);
     }
+    format.check_encodes(&params)?;
     let cut = Cut::new(
         &[source.layout.unit_weights, layout.unit_weights],
         layout.weights,
@@ -86,7 +123,16 @@ fn action(tensor: &Tensor, slab_bytes: u64, assignment: &Assignment) -> Result<A
         format,
         layout,
         cut,
+        add: checked(assignment.add)?,
+        weighed,
     })
+}
+
+fn checked(add: Option<f32>) -> Result<Option<f32>> {
+    match add {
+        Some(add) if !add.is_finite() => Err(Error::config(format!("add is {add}"))),
+        add => Ok(add),
+    }
 }
 
 /// Weights in a slab of about `bytes` source bytes.
@@ -139,6 +185,16 @@ fn encoded_entries(layout: &Layout, target: &str) -> (Vec<Slot>, Vec<NewEntry>) 
         (0..layout.components.len()).map(slot).collect(),
         layout.components.iter().map(entry).collect(),
     )
+}
+
+fn check_dimensions(count: usize, most: usize) -> Result<()> {
+    if count <= most {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!(
+        "{count} dimensions, but at most {most} are to be written"
+    ))
+    .hint("ggml reads 4; for readers that take more, raise max_dimensions"))
 }
 
 fn storable(container: Container, dtype: Dtype) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::io::file::FileSource;
 use crate::io::{index, Container, Entry, Header, Source};
 use crate::shape;
 
+use super::gather::Gather;
 use super::slab::Packed;
 
 /// Most bytes of a whole-tensor component that is read to recognise a packed tensor.
@@ -33,6 +34,9 @@ pub struct Stored {
     pub file: usize,
     /// Where it lies.
     pub entry: Entry,
+    /// The rows of other arrays that it consists of, for an array that no file holds as it is; then
+    /// `file` and the entry's offset are those of the first.
+    pub gather: Option<Arc<Gather>>,
 }
 
 /// One logical tensor.
@@ -151,6 +155,11 @@ impl Checkpoint {
             ))
             .tensor(&stored.entry.name));
         }
+        if let Some(gather) = &stored.gather {
+            return gather.read(offset, buffer, &|part, offset, buffer| {
+                self.read(part, offset, buffer)
+            });
+        }
         file.source
             .read_at(
                 shape::add(stored.entry.offset, offset, "file offset")?,
@@ -195,6 +204,7 @@ impl Checkpoint {
                     Stored {
                         file,
                         entry: entry.clone(),
+                        gather: None,
                     },
                 );
             }
@@ -287,7 +297,8 @@ impl Checkpoint {
 /// A packed tensor: name of the weight, format, layout.
 type Recognised = (String, &'static dyn Format, Layout);
 
-fn plain_tensor(array: Stored) -> Result<Tensor> {
+/// The tensor that one array is by itself.
+pub(super) fn plain_tensor(array: Stored) -> Result<Tensor> {
     let entry = &array.entry;
     let params = Params {
         dtype: entry.dtype,

@@ -18,7 +18,7 @@ impl Plan {
                 Action::Encode { format, .. } => (format.info().name.to_owned(), false),
             };
             tensors.push(json!({
-                "name": tensor.name, "as": planned.target, "shape": tensor.shape, "from": from, "to": to,
+                "name": tensor.name, "as": planned.target, "shape": planned.shape(tensor), "from": from, "to": to,
                 "why": planned.why, "source_bytes": tensor.stored_bytes(), "output_bytes": self.target_bytes(planned),
                 "file": self.shards.get(planned.shard).map(|shard| &shard.path), "copied": copied,
             }));

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::io::Source;
 
 use super::checkpoint::Checkpoint;
-use super::request::Request;
+use super::request::{Assignment, Request};
 
 /// Hash of all that decides the output bytes: what is asked for, and the sources' own headers.
 pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<String> {
@@ -22,11 +22,17 @@ pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<Str
             "{} {} {} {:?} {:?}",
             output.container, output.folder, output.stem, output.max_shard_bytes, output.metadata
         ));
+        if let Some(source) = output.metadata_from {
+            feed(&format!("metadata from {source}"));
+        }
         for tensor in &output.tensors {
             feed(&format!(
                 "{} {} {} {} {:?}",
                 tensor.checkpoint, tensor.name, tensor.target, tensor.format, tensor.params
             ));
+            if let Some(derivation) = derivation(tensor) {
+                feed(&derivation);
+            }
         }
     }
     for extra in &request.files {
@@ -44,6 +50,22 @@ pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<Str
         }
     }
     Ok(format!("{:032x}", hash.digest128()))
+}
+
+/// What is done to the stored tensor before it is encoded; `None` for nothing.
+fn derivation(tensor: &Assignment) -> Option<String> {
+    let Assignment {
+        rows,
+        shape,
+        add,
+        importance,
+        ..
+    } = tensor;
+    let plain = rows.is_empty() && shape.is_none() && add.is_none() && importance.is_none();
+    (!plain).then(|| {
+        let add = add.map(f32::to_bits);
+        format!("{rows:?} {shape:?} {add:?} {importance:?}")
+    })
 }
 
 /// Hash of the source files' paths, sizes and times: a journal only speaks of these.

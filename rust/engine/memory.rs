@@ -4,6 +4,8 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Layout};
 
 use super::assign::slab_weights;
+use super::gather;
+use super::importance::Weighed;
 use super::plan::{checkpoint_at, Action, Plan, Planned};
 use super::slab::Cut;
 
@@ -19,14 +21,14 @@ impl Plan {
             .map(|planned| self.worker_bytes(planned))
             .max()
             .unwrap_or(0);
-        let mut statistics: Vec<u64> = self
+        let mut held: Vec<u64> = self
             .tensors
             .iter()
-            .map(statistics_bytes)
+            .map(held_bytes)
             .filter(|bytes| *bytes > 0)
             .collect();
-        statistics.sort_unstable_by(|a, b| b.cmp(a));
-        let held: u64 = statistics.iter().take(self.threads + 1).sum();
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let held: u64 = held.iter().take(self.threads + 1).sum();
         worker * self.threads as u64 + held
     }
 
@@ -44,7 +46,7 @@ impl Plan {
                 let widest = self
                     .tensors
                     .iter()
-                    .max_by_key(|planned| self.worker_bytes(planned) + statistics_bytes(planned));
+                    .max_by_key(|planned| self.worker_bytes(planned) + held_bytes(planned));
                 let name = widest.map_or(String::new(), |planned| planned.target.clone());
                 return Err(Error::config(format!(
                     "the work needs {need} bytes of memory, more than the {most} allowed"
@@ -59,38 +61,39 @@ impl Plan {
     fn cut_again(&mut self) -> Result<()> {
         for planned in &mut self.tensors {
             let checkpoint = checkpoint_at(&self.checkpoints, planned.checkpoint)?;
-            let Some(tensor) = checkpoint.tensors.get(planned.position) else {
-                continue;
-            };
-            if let (Action::Encode { layout, cut, .. }, Some(source)) =
-                (&mut planned.action, tensor.as_packed())
-            {
-                let units = [source.layout.unit_weights, layout.unit_weights];
-                *cut = Cut::new(
-                    &units,
-                    layout.weights,
-                    slab_weights(tensor, self.slab_bytes),
-                );
+            let tensor = planned.tensor(checkpoint)?;
+            let about = slab_weights(tensor, self.slab_bytes);
+            let unit = tensor
+                .as_packed()
+                .map_or(1, |packed| packed.layout.unit_weights);
+            if let Action::Encode { layout, cut, .. } = &mut planned.action {
+                *cut = Cut::new(&[unit, layout.unit_weights], layout.weights, about);
             }
         }
         Ok(())
     }
 
-    /// Buffers of a worker at this tensor: slab in, slab out, two tiles of `f32`.
+    /// Buffers of a worker at this tensor: slab in, slab out, two tiles of `f32`, and what gathering
+    /// rows takes.
     fn worker_bytes(&self, planned: &Planned) -> u64 {
-        match (&planned.action, self.source(planned)) {
-            (Action::Encode { layout, cut, .. }, Ok((_, tensor))) => {
-                let source = tensor
-                    .as_packed()
-                    .map_or(0, |packed| sliced_bytes(packed.layout, cut.slab));
-                source + sliced_bytes(layout, cut.slab) + cut.tile * 8
+        let gathered = match &planned.derived {
+            Some(_) => gather::SCRATCH_BYTES,
+            None => 0,
+        };
+        gathered
+            + match (&planned.action, self.source(planned)) {
+                (Action::Encode { layout, cut, .. }, Ok((_, tensor))) => {
+                    let source = tensor
+                        .as_packed()
+                        .map_or(0, |packed| sliced_bytes(packed.layout, cut.slab));
+                    source + sliced_bytes(layout, cut.slab) + cut.tile * 8
+                }
+                (Action::Copy, Ok((_, tensor))) => {
+                    let widest = tensor.stored().map(|part| part.entry.bytes).max();
+                    self.slab_bytes.min(widest.unwrap_or(0))
+                }
+                (_, Err(_)) => 0,
             }
-            (Action::Copy, Ok((_, tensor))) => {
-                let widest = tensor.stored().map(|part| part.entry.bytes).max();
-                self.slab_bytes.min(widest.unwrap_or(0))
-            }
-            (_, Err(_)) => 0,
-        }
     }
 }
 
@@ -99,11 +102,17 @@ fn sliced_bytes(layout: &Layout, weights: u64) -> u64 {
     layout.sliced().map(bytes).sum()
 }
 
-fn statistics_bytes(planned: &Planned) -> u64 {
+/// Statistics and importance of a tensor, held while it is worked on.
+fn held_bytes(planned: &Planned) -> u64 {
     match &planned.action {
-        Action::Encode { layout, .. } => layout
-            .statistics
-            .map_or(0, |span| span.range(0, layout.weights).end),
+        Action::Encode {
+            layout, weighed, ..
+        } => {
+            let statistics = layout
+                .statistics
+                .map_or(0, |span| span.range(0, layout.weights).end);
+            statistics + weighed.as_ref().map_or(0, Weighed::bytes)
+        }
         Action::Copy => 0,
     }
 }

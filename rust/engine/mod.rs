@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`checkpoint`] | opens files and finds the logical tensors in them |
 //! | [`request`], [`plan`], `assign`, `memory`, `identity` | what is asked for; everything that will be written, from headers alone |
+//! | `derive`, `gather` | tensors made of rows of stored ones, or in another shape |
+//! | `importance` | importance vectors, loaded while their tensor is encoded |
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | `slab` | decode, encode and measure a slab while it is in cache |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
@@ -14,9 +16,12 @@ pub mod array;
 mod assign;
 pub mod checkpoint;
 pub mod compare;
+mod derive;
 mod describe;
 mod extra;
+mod gather;
 mod identity;
+mod importance;
 mod journal;
 mod keeper;
 mod memory;

@@ -13,6 +13,7 @@ use crate::shape;
 use super::assign::assign;
 use super::checkpoint::{Checkpoint, Tensor};
 use super::identity;
+use super::importance::Weighed;
 use super::request::{self, ExtraFile, Kind, Options, Output, Request};
 use super::slab::{Cut, Packed, Task};
 use super::workspace;
@@ -33,6 +34,10 @@ pub enum Action {
         layout: Layout,
         /// How the work is cut.
         cut: Cut,
+        /// Added to every weight before it is encoded.
+        add: Option<f32>,
+        /// Importance of the columns; the layout holds it only while the tensor is worked on.
+        weighed: Option<Weighed>,
     },
 }
 
@@ -51,8 +56,10 @@ pub struct Slot {
 pub struct Planned {
     /// Checkpoint it comes from.
     pub checkpoint: usize,
-    /// Position there.
+    /// Position there; of a derived tensor, that of the first it is made of.
     pub position: usize,
+    /// The source, where it is made of stored tensors and not one itself.
+    pub derived: Option<Tensor>,
     /// Name in the output.
     pub target: String,
     /// Reason for what happens to it.
@@ -63,6 +70,27 @@ pub struct Planned {
     pub shard: usize,
     /// Its components in that shard.
     pub slots: Vec<Slot>,
+}
+
+impl Planned {
+    /// The source tensor, `checkpoint` being the one it comes from.
+    pub fn tensor<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<&'a Tensor> {
+        match &self.derived {
+            Some(tensor) => Ok(tensor),
+            None => checkpoint
+                .tensors
+                .get(self.position)
+                .ok_or_else(|| Error::config(format!("no tensor {}", self.position))),
+        }
+    }
+
+    /// Shape of the result, `source` being the source tensor.
+    pub fn shape<'a>(&'a self, source: &'a Tensor) -> &'a [u64] {
+        match &self.action {
+            Action::Encode { layout, .. } => &layout.shape,
+            Action::Copy => &source.shape,
+        }
+    }
 }
 
 /// One weights file.
@@ -149,13 +177,9 @@ impl Plan {
     }
 
     /// The source tensor of a planned one.
-    pub fn source(&self, planned: &Planned) -> Result<(&Checkpoint, &Tensor)> {
+    pub fn source<'a>(&'a self, planned: &'a Planned) -> Result<(&'a Checkpoint, &'a Tensor)> {
         let checkpoint = checkpoint_at(&self.checkpoints, planned.checkpoint)?;
-        let tensor = checkpoint
-            .tensors
-            .get(planned.position)
-            .ok_or_else(|| Error::config(format!("no tensor {}", planned.position)))?;
-        Ok((checkpoint, tensor))
+        Ok((checkpoint, planned.tensor(checkpoint)?))
     }
 
     /// Bytes that will be read from weights files.
@@ -202,6 +226,8 @@ impl Plan {
             format,
             layout,
             cut,
+            add,
+            ..
         } = action
         else {
             return None;
@@ -213,6 +239,7 @@ impl Plan {
                 layout,
             },
             cut: *cut,
+            add: *add,
             verify: self.options.verify,
             keep_nonfinite: self.options.keep_nonfinite,
         })
@@ -233,8 +260,13 @@ impl Plan {
         let mut groups = Vec::new();
         let mut group_bytes = 0u64;
         for assignment in &output.tensors {
-            let (planned, entries) =
-                assign(&self.checkpoints, container, self.slab_bytes, assignment)?;
+            let (planned, entries) = assign(
+                &self.checkpoints,
+                output,
+                container,
+                self.slab_bytes,
+                assignment,
+            )?;
             let bytes = entries.iter().try_fold(0u64, |sum, entry| {
                 shape::add(sum, entry.dtype.byte_len(&entry.shape)?, "shard size")
             })?;

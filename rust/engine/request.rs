@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::formats::Params;
+use crate::io::gguf;
 
 /// A whole conversion.
 #[derive(Debug, Clone, Deserialize)]
@@ -52,6 +53,9 @@ pub struct Output {
     /// Most data bytes of one shard; `None` for one file.
     #[serde(default)]
     pub max_shard_bytes: Option<u64>,
+    /// GGUF: most dimensions of a tensor; those readers that are built on ggml take 4, others more.
+    #[serde(default = "Output::default_max_dimensions")]
+    pub max_dimensions: usize,
     /// safetensors: an object of strings. GGUF: a list of `[key, type, value]`.
     #[serde(default)]
     pub metadata: serde_json::Value,
@@ -60,6 +64,12 @@ pub struct Output {
     pub metadata_from: Option<usize>,
     /// The tensors, in the order they are to be stored.
     pub tensors: Vec<Assignment>,
+}
+
+impl Output {
+    fn default_max_dimensions() -> usize {
+        gguf::GGML_DIMENSIONS
+    }
 }
 
 /// One tensor and what it becomes.

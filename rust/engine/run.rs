@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::formats::{ErrorSums, Layout};
+use crate::formats::{ErrorSums, Importance, Layout};
 
 use super::checkpoint::{Stored, Tensor};
 use super::extra;
@@ -58,6 +58,8 @@ struct TensorState {
     /// Layout and statistics once the first pass is complete.
     settled: Mutex<Option<Arc<Settled>>>,
     is_settled: Condvar,
+    /// Importance of the columns, from the first slab on.
+    importance: Mutex<Option<Importance>>,
     /// Error sums by slab; they are added up in that order.
     sums: Mutex<Vec<(u64, ErrorSums)>>,
 }
@@ -447,6 +449,10 @@ impl<'r> Run<'r> {
             };
             statistics = &settled.1;
         }
+        let weighed = self.weighed(planned, state, task.target.layout)?;
+        if let Some(layout) = &weighed {
+            task.target.layout = layout;
+        }
         let range = task.cut.slab_range(slab, task.target.layout.weights);
         self.read(tensor, task.source.layout, &range, scratch)?;
         let sums = task.encode(&range, statistics, scratch, &|| stop.check())?;
@@ -464,12 +470,37 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
+    /// `layout` with the importance of the columns, for tensors that have one. The first slab loads
+    /// it, the last one drops it.
+    fn weighed(
+        &self,
+        planned: &Planned,
+        state: &TensorState,
+        layout: &Layout,
+    ) -> Result<Option<Layout>> {
+        let Action::Encode {
+            weighed: Some(source),
+            ..
+        } = &planned.action
+        else {
+            return Ok(None);
+        };
+        let mut held = lock(&state.importance);
+        if held.is_none() {
+            *held = Some(source.load(&self.plan.checkpoints)?);
+        }
+        let mut layout = layout.clone();
+        layout.params.importance.clone_from(&held);
+        Ok(Some(layout))
+    }
+
     /// Writes the whole-tensor components and adds the error sums up.
     fn finish(&self, tensor: usize, state: &TensorState) -> Result<Finished> {
         let planned = self.planned(tensor)?;
         let Action::Encode { format, layout, .. } = &planned.action else {
             return Ok(Finished::default());
         };
+        lock(&state.importance).take();
         let settled = lock(&state.settled).take();
         let whole = match &settled {
             Some(settled) => format.whole(&settled.0, &settled.1)?,

@@ -98,6 +98,8 @@ pub struct Task<'a> {
     pub target: Packed<'a>,
     /// The cut both sides agreed on.
     pub cut: Cut,
+    /// Added to every decoded weight.
+    pub add: Option<f32>,
     /// Measure the error of what was encoded.
     pub verify: bool,
     /// Let weights through that are not finite.
@@ -209,7 +211,14 @@ impl Task<'_> {
     ) -> Result<&'s [f32]> {
         let x = resize_weights(weights, tile.end - tile.start)?;
         let parts = parts(self.source.layout, input, slab, tile)?;
-        decode_for(self.source, self.target.format, tile.start, &parts, x)?;
+        match self.add {
+            None => decode_for(self.source, self.target.format, tile.start, &parts, x)?,
+            Some(add) => {
+                let source = self.source;
+                source.format.decode(source.layout, tile.start, &parts, x)?;
+                x.iter_mut().for_each(|weight| *weight += add);
+            }
+        }
         refuse_nonfinite(self.target.format, tile.start, x, self.keep_nonfinite)?;
         Ok(x)
     }

@@ -98,6 +98,10 @@ impl<B: Block> Format for Blocks<B> {
         })
     }
 
+    fn weighs(&self) -> bool {
+        B::WEIGHING != Weighing::Ignored
+    }
+
     fn encode(
         &self,
         layout: &Layout,

@@ -382,6 +382,11 @@ pub trait Format: Sync + Send {
         Ok(Vec::new())
     }
 
+    /// Whether an importance vector changes what is encoded.
+    fn weighs(&self) -> bool {
+        false
+    }
+
     /// Whether a 64-bit source must be narrowed to `f32` by rounding to odd, because this format
     /// rounds once more to 16 bits (so that the two roundings equal one).
     fn rounds_to_16_bits(&self) -> bool {

@@ -18,7 +18,7 @@
 //! stay in the file until somebody asks for them. Accepted and told as a warning: gaps between
 //! tensors, bytes after the last one, names of 64 bytes or more (ggml refuses them). Tensors of a
 //! type that this version does not know are listed with the bytes up to the next tensor. Up to 8
-//! dimensions are read, at most 4 are written.
+//! dimensions are read and can be written; ggml itself reads 4.
 //!
 //! Writing gives version 3, little-endian, tensors in the order given without gaps, the last one
 //! padded as well, as ggml and gguf-py do. A model split into several files: see [`split`].
@@ -71,11 +71,11 @@ const MOST_TENSORS: u64 = 1 << 20;
 /// Deepest array within arrays.
 const MOST_DEPTH: usize = 4;
 
-/// Most dimensions that are read: video models store 5-D convolutions.
-const MOST_DIMENSIONS_READ: u32 = 8;
+/// Most dimensions that are read or written: video models store 5-D convolutions.
+const MOST_DIMENSIONS: usize = 8;
 
-/// Most dimensions that ggml reads, and that are written.
-const MOST_DIMENSIONS_WRITTEN: usize = 4;
+/// Most dimensions that ggml reads.
+pub const GGML_DIMENSIONS: usize = 4;
 
 /// Whether data may be aligned to `alignment`.
 fn is_alignment(alignment: u64) -> bool {
@@ -255,7 +255,7 @@ mod tests {
     fn what_the_container_cannot_hold_is_refused_at_the_plan() {
         for (entry, text) in [
             (new("w", Dtype::Bool, &[1]), "cannot hold BOOL"),
-            (new("w", Dtype::U8, &[1; 5]), "5 dimensions"),
+            (new("w", Dtype::U8, &[1; 9]), "9 dimensions"),
             (new("", Dtype::F32, &[1]), "name of 0 bytes"),
             (new("w", Dtype::Q8_0, &[33]), "row of 33 weights"),
             (

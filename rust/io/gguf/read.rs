@@ -3,7 +3,7 @@
 use super::scan::Scan;
 use super::{
     is_alignment, Kind, Metadata, Value, ALIGNMENT_KEY, DEFAULT_ALIGNMENT, GGML_NAME_BYTES, MAGIC,
-    MOST_ALIGNMENT, MOST_DIMENSIONS_READ, MOST_TENSORS,
+    MOST_ALIGNMENT, MOST_DIMENSIONS, MOST_TENSORS,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -172,9 +172,9 @@ fn scan_tensors(
 
 fn scan_tensor(scan: &mut Scan<'_>, name: &str, alignment: u64) -> Result<Entry> {
     let dimensions = scan.u32("dimension count")?;
-    if dimensions > MOST_DIMENSIONS_READ {
+    if dimensions as usize > MOST_DIMENSIONS {
         return Err(Error::checkpoint(format!(
-            "{dimensions} dimensions, at most {MOST_DIMENSIONS_READ} are read"
+            "{dimensions} dimensions, at most {MOST_DIMENSIONS} are read"
         )));
     }
     let mut shape = Vec::new();

@@ -2,7 +2,7 @@
 
 use super::{
     is_alignment, Kind, Value, ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MOST_ALIGNMENT,
-    MOST_DIMENSIONS_WRITTEN, MOST_NAME_BYTES, VERSION,
+    MOST_DIMENSIONS, MOST_NAME_BYTES, VERSION,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -118,9 +118,9 @@ fn checked_length(entry: &NewEntry) -> Result<u64> {
             entry.name.len()
         )));
     }
-    if entry.shape.len() > MOST_DIMENSIONS_WRITTEN {
+    if entry.shape.len() > MOST_DIMENSIONS {
         return Err(Error::unsupported(format!(
-            "{} dimensions, a GGUF file holds at most {MOST_DIMENSIONS_WRITTEN}",
+            "{} dimensions, a GGUF file holds at most {MOST_DIMENSIONS}",
             entry.shape.len()
         )));
     }

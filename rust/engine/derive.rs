@@ -1,0 +1,196 @@
+//! Tensors that no file holds as they are: rows of stored ones joined, or a stored one in another
+//! shape. They are tensors like any other to the rest of the engine; only their bytes are gathered.
+
+use std::sync::Arc;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::io::Entry;
+use crate::shape;
+
+use super::checkpoint::{plain_tensor, Checkpoint, Stored, Tensor};
+use super::gather::{Gather, Order};
+use super::request::{Assignment, Rows};
+
+/// The tensor that `assignment` asks for, if it is not simply a stored one.
+pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option<Tensor>> {
+    let mut tensor = match (assignment.rows.as_slice(), &assignment.shape) {
+        ([], None) => return Ok(None),
+        ([], Some(wanted)) => {
+            let source = checkpoint.tensor(&assignment.name)?;
+            check_weights(source, wanted)?;
+            match whole_array(source) {
+                Some(array) => reshaped(array, wanted)?,
+                // Its weights are taken in order, and it cannot be copied into another shape.
+                None => return Ok(None),
+            }
+        }
+        (rows, wanted) => join(checkpoint, rows, wanted.as_deref())?,
+    };
+    tensor.name.clone_from(&assignment.name);
+    Ok(Some(tensor))
+}
+
+/// The one array of a tensor that is stored as one.
+fn whole_array(tensor: &Tensor) -> Option<&Stored> {
+    match tensor.parts.as_slice() {
+        [Some(array)] => Some(array),
+        _ => None,
+    }
+}
+
+fn check_weights(source: &Tensor, wanted: &[u64]) -> Result<()> {
+    let (there, asked) = (
+        shape::count_weights(&source.shape)?,
+        shape::count_weights(wanted)?,
+    );
+    if there == asked {
+        return Ok(());
+    }
+    Err(Error::config(format!(
+        "shape {wanted:?} holds {asked} weights, the tensor {there}"
+    ))
+    .tensor(&source.name))
+}
+
+fn reshaped(array: &Stored, wanted: &[u64]) -> Result<Tensor> {
+    let mut array = array.clone();
+    array.entry.dtype.byte_len(wanted)?;
+    array.entry.shape = wanted.to_vec();
+    plain_tensor(array)
+}
+
+/// Rows of one tensor, resolved.
+struct Run<'c> {
+    array: &'c Stored,
+    /// Weights of a row, and whether the tensor has at least two dimensions.
+    row: (u64, bool),
+    first: u64,
+    count: u64,
+    order: Option<Order>,
+}
+
+fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Result<Tensor> {
+    let mut runs = Vec::with_capacity(rows.len());
+    for part in rows {
+        let source = checkpoint.tensor(&part.name)?;
+        let run = run(source, part).map_err(|error| {
+            let file = source.main().map_or(0, |array| array.file);
+            error.tensor(&part.name).file(checkpoint.path(file))
+        })?;
+        runs.push(run);
+    }
+    let Some(first) = runs.first() else {
+        return Err(Error::Internal(String::from("no rows to join")));
+    };
+    let dtype = first.array.entry.dtype;
+    let row_weights = first.row.0;
+    let row_bytes = row_bytes(dtype, first.row)?;
+    let mut gather = Gather::default();
+    let mut count = 0;
+    for run in &runs {
+        let other = &run.array.entry;
+        if other.dtype != dtype {
+            return Err(Error::unsupported(format!(
+                "rows of \"{}\" are {}, those of \"{}\" {dtype}: rows of one type are joined",
+                other.name, other.dtype, first.array.entry.name
+            ))
+            .hint("convert the checkpoint to one type first"));
+        }
+        if run.row.0 != row_weights {
+            return Err(Error::config(format!(
+                "rows of \"{}\" have {} weights, those of \"{}\" {row_weights}",
+                other.name, run.row.0, first.array.entry.name
+            )));
+        }
+        gather.add(run.array, row_bytes, run.first, run.count, run.order)?;
+        count = shape::add(count, run.count, "number of rows")?;
+    }
+    let natural = match runs.iter().any(|run| run.row.1) {
+        true => vec![count, row_weights],
+        false => vec![count],
+    };
+    let result = wanted.unwrap_or(&natural);
+    let (there, asked) = (
+        shape::count_weights(&natural)?,
+        shape::count_weights(result)?,
+    );
+    if there != asked {
+        return Err(Error::config(format!(
+            "shape {result:?} holds {asked} weights, the rows {there}"
+        )));
+    }
+    let bytes = dtype.byte_len(result)?;
+    if bytes != gather.bytes() {
+        return Err(Error::Internal(format!(
+            "{} bytes of rows for {bytes} of shape {result:?}",
+            gather.bytes()
+        )));
+    }
+    plain_tensor(Stored {
+        file: first.array.file,
+        entry: Entry {
+            name: first.array.entry.name.clone(),
+            dtype,
+            shape: result.to_vec(),
+            offset: first.array.entry.offset,
+            bytes,
+        },
+        gather: Some(Arc::new(gather)),
+    })
+}
+
+fn run<'c>(source: &'c Tensor, part: &Rows) -> Result<Run<'c>> {
+    let Some(array) = whole_array(source) else {
+        return Err(Error::unsupported(format!(
+            "rows of {} are not joined: it is stored as several arrays",
+            super::plan::source_name(source)
+        ))
+        .hint("decode the checkpoint first: convert it to bf16, f16 or f32"));
+    };
+    let (total, row) = match source.shape.as_slice() {
+        [] => (1, (1, false)),
+        [length] => (*length, (1, false)),
+        [outer @ .., length] => (shape::count_weights(outer)?, (*length, true)),
+    };
+    row_bytes(array.entry.dtype, row)?;
+    let left = total.checked_sub(part.first).ok_or_else(|| {
+        Error::config(format!(
+            "rows from {} on, but the tensor has {total}",
+            part.first
+        ))
+    })?;
+    let count = part.count.unwrap_or(left);
+    if count > left {
+        return Err(Error::config(format!(
+            "rows {}..{}, but the tensor has {total}",
+            part.first,
+            part.first.saturating_add(count)
+        )));
+    }
+    let order = part
+        .interleave
+        .map(|interleave| Order::new(count, interleave.groups, interleave.parts))
+        .transpose()?;
+    Ok(Run {
+        array,
+        row,
+        first: part.first,
+        count,
+        order,
+    })
+}
+
+/// Bytes of a row, which must be whole blocks.
+fn row_bytes(dtype: Dtype, (weights, is_matrix): (u64, bool)) -> Result<u64> {
+    match dtype.block() {
+        Some((1, bytes)) => shape::multiply(weights, bytes, "bytes of a row"),
+        Some(_) if is_matrix => dtype.byte_len(&[weights]),
+        Some(_) => Err(Error::unsupported(format!(
+            "the weights of a {dtype} vector are packed together and cannot be taken apart"
+        ))),
+        None => Err(Error::unsupported(format!(
+            "rows of {dtype} are not joined"
+        ))),
+    }
+}
