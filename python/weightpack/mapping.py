@@ -47,7 +47,8 @@ class MappedTensor:
     source is the tensor as it is. `shape` is given where it is not what joining yields (the same
     weights in the same order), `add` is added to every weight. `kind` and `layer` are what recipes
     go by (see `weightpack.recipes`): "attn_v", "ffn_down", "output", "token_embd", "other" and so
-    on. `keep` says why the tensor is never quantized, and is empty where it may be; `plain` is the
+    on. `values` are numbers that no source holds; such a tensor is a vector of f32 and has no
+    sources. `keep` says why the tensor is never quantized, and is empty where it may be; `plain` is the
     type it is then stored in ("f32"), or empty for the source's.
     """
 
@@ -55,6 +56,7 @@ class MappedTensor:
     sources: tuple[Rows, ...]
     shape: tuple[int, ...] | None = None
     add: float | None = None
+    values: tuple[float, ...] | None = None
     kind: str = "other"
     layer: int | None = None
     keep: str = ""
