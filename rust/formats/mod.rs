@@ -23,6 +23,11 @@ pub mod ggml_basic;
 #[doc(hidden)]
 pub mod ggml_iq;
 #[doc(hidden)]
+pub mod ggml_k;
+mod ggml_k_encode;
+#[doc(hidden)]
+pub mod ggml_search;
+#[doc(hidden)]
 pub mod iq_grids;
 mod plain;
 
@@ -421,6 +426,11 @@ pub static FORMATS: &[&dyn Format] = &[
     &ggml_basic::Q5_0_FORMAT,
     &ggml_basic::Q5_1_FORMAT,
     &ggml_basic::Q8_0_FORMAT,
+    &ggml_k::Q2_K_FORMAT,
+    &ggml_k::Q3_K_FORMAT,
+    &ggml_k::Q4_K_FORMAT,
+    &ggml_k::Q5_K_FORMAT,
+    &ggml_k::Q6_K_FORMAT,
     &ggml_iq::IQ4_XS_FORMAT,
     &ggml_iq::IQ4_NL_FORMAT,
     &ggml_iq::IQ1_M_FORMAT,
@@ -460,6 +470,11 @@ pub fn for_dtype(dtype: Dtype) -> Option<&'static dyn Format> {
         Dtype::Q5_0 => &ggml_basic::Q5_0_FORMAT,
         Dtype::Q5_1 => &ggml_basic::Q5_1_FORMAT,
         Dtype::Q8_0 => &ggml_basic::Q8_0_FORMAT,
+        Dtype::Q2_K => &ggml_k::Q2_K_FORMAT,
+        Dtype::Q3_K => &ggml_k::Q3_K_FORMAT,
+        Dtype::Q4_K => &ggml_k::Q4_K_FORMAT,
+        Dtype::Q5_K => &ggml_k::Q5_K_FORMAT,
+        Dtype::Q6_K => &ggml_k::Q6_K_FORMAT,
         Dtype::IQ4_XS => &ggml_iq::IQ4_XS_FORMAT,
         Dtype::IQ4_NL => &ggml_iq::IQ4_NL_FORMAT,
         Dtype::IQ1_M => &ggml_iq::IQ1_M_FORMAT,

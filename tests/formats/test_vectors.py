@@ -9,6 +9,8 @@ import pytest
 
 import weightpack as wp
 
+from ..weighted import quantize
+
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 FOLDER = Path(__file__).parents[1] / "vectors" / "formats"
 FILES = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -28,7 +30,11 @@ def test_vector(case):
         }
     else:
         source = np.frombuffer(bytes.fromhex(case["source"]), DTYPES[case["dtype"]]).reshape(case["shape"])
-        parts = wp.quantize(source, case["format"], **case["params"])
+        if "importance" in case:
+            importance = np.frombuffer(bytes.fromhex(case["importance"]), np.float32)
+            parts = {"": quantize(case["format"], source, importance)}
+        else:
+            parts = wp.quantize(source, case["format"], **case["params"])
         assert set(parts) == set(case["components"])
         for name, expected in case["components"].items():
             assert parts[name].tobytes().hex() == expected["data"], name

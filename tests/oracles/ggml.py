@@ -49,6 +49,9 @@ IDS = {
 ENCODED_SIMPLY: tuple[str, ...] = ()
 """Types whose encoder ignores importance."""
 
+ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""Types whose encoder searches otherwise when it is given importance."""
+
 _HALF, _SINGLE = (np.dtype("<f2"), np.dtype("<f4"))
 _SCALES: dict[str, tuple[tuple[int, np.dtype[Any]], ...]] = {
     "Q4_0": ((0, _HALF),),
@@ -56,6 +59,11 @@ _SCALES: dict[str, tuple[tuple[int, np.dtype[Any]], ...]] = {
     "Q5_0": ((0, _HALF),),
     "Q5_1": ((0, _HALF), (2, _HALF)),
     "Q8_0": ((0, _HALF),),
+    "Q2_K": ((80, _HALF), (82, _HALF)),
+    "Q3_K": ((108, _HALF),),
+    "Q4_K": ((0, _HALF), (2, _HALF)),
+    "Q5_K": ((0, _HALF), (2, _HALF)),
+    "Q6_K": ((208, _HALF),),
     "IQ2_XXS": ((0, _HALF),),
     "IQ2_XS": ((0, _HALF),),
     "IQ2_S": ((0, _HALF),),

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 use weightpack::dtype::Dtype;
 use weightpack::engine::array::{decode_array, encode_array, Options};
-use weightpack::formats::{self, Encodes, Layout, Params};
+use weightpack::formats::{self, Encodes, Importance, Layout, Params};
 
 struct Case {
     name: String,
@@ -48,6 +48,11 @@ fn cases(path: &Path) -> Vec<Case> {
             block_size: case["params"]["block_size"].as_u64(),
             double_quant: case["params"]["double_quant"].as_bool().unwrap_or(false),
             dtype,
+            importance: case["importance"].is_string().then(|| {
+                let bytes = bytes(&case["importance"]);
+                let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+                Importance::new(values.collect()).unwrap()
+            }),
             ..Params::default()
         };
         let components = case["components"].as_object().unwrap();

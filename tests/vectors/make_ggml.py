@@ -5,7 +5,9 @@
 writes `tests/vectors/formats/ggml.json` as `make.py` writes its files, with the library that is
 inside llama-cpp-python 0.3.36. Every type that ggml decodes has a case whose `source` is null:
 blocks of random bytes with an ordinary, a subnormal and a large negative scale, and the weights
-they decode to. Types that are encoded in one way from weights alone also have cases with a source.
+they decode to. Types that are encoded in one way from weights alone also have cases with a source;
+types whose search takes importance have more of them, some with an `importance` (hexadecimal, one
+float32 per column).
 """
 
 import json
@@ -17,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tests.oracles.ggml import BLOCK_TYPES, ENCODED_SIMPLY, open_ggml, put_scales  # noqa: E402
+from tests.oracles.ggml import BLOCK_TYPES, ENCODED_BY_IMPORTANCE, ENCODED_SIMPLY, open_ggml, put_scales  # noqa: E402
 
 SCALES = [0.0123, 3e-6, -31000.0]
 
@@ -26,7 +28,7 @@ def hexadecimal(array):
     return np.ascontiguousarray(array).tobytes().hex()
 
 
-def case(note, name, weights, source, blocks, decoded):
+def case(note, name, weights, source, blocks, decoded, **more):
     return {
         "note": note,
         "format": f"gguf:{name.lower()}",
@@ -36,6 +38,7 @@ def case(note, name, weights, source, blocks, decoded):
         "source": source,
         "components": {"": {"dtype": "U8", "shape": list(blocks.shape), "data": hexadecimal(blocks)}},
         "decoded": hexadecimal(decoded),
+        **more,
     }
 
 
@@ -57,11 +60,40 @@ def encoded(ggml, name):
         yield case(note, name, weights.shape, hexadecimal(weights), blocks, ggml.dequantize(name, blocks))
 
 
+def searched(ggml, name):
+    rng = np.random.default_rng(11)
+    normal = (rng.standard_normal((1, 256)) * 0.02).astype(np.float32)
+    heavy = rng.standard_t(2, (2, 256)).astype(np.float32)
+    steps = rng.integers(-13, 14, (1, 256)).astype(np.float32) / 2
+    # Runs of zeros, and runs whose scales are nothing beside that of the others.
+    scales = np.repeat(rng.choice([0, 1, 1e-3, 1e-6], 16), 16)
+    uneven = (rng.standard_normal((1, 256)) * scales).astype(np.float32)
+    skewed = (10.0 ** rng.uniform(-4, 4, 256)).astype(np.float32)
+    gaps = np.where(rng.random(256) < 0.5, 0, rng.random(256)).astype(np.float32)
+    for note, weights, importance in (
+        ("normal", normal, None),
+        ("heavy tails", heavy, None),
+        ("multiples of half a step", steps, None),
+        ("uneven runs", uneven, None),
+        ("zeros", np.zeros((1, 256), np.float32), None),
+        ("normal, skewed importance", normal, skewed),
+        ("heavy tails, importance with zeros", heavy, gaps),
+        ("uneven runs, importance of zero", uneven, np.zeros(256, np.float32)),
+        ("multiples of half a step, importance of one", steps, np.ones(256, np.float32)),
+    ):
+        blocks = ggml.quantize(name, weights, importance)
+        more = {} if importance is None else {"importance": hexadecimal(importance)}
+        decoded = ggml.dequantize(name, blocks)
+        yield case(note, name, weights.shape, hexadecimal(weights), blocks, decoded, **more)
+
+
 if __name__ == "__main__":
     ggml = open_ggml()
     cases = [decoded(ggml, name) for name in BLOCK_TYPES]
     for name in ENCODED_SIMPLY:
         cases.extend(encoded(ggml, name))
+    for name in ENCODED_BY_IMPORTANCE:
+        cases.extend(searched(ggml, name))
     text = {
         "peer": "ggml",
         "version": "0.25.3 (llama-cpp-python 0.3.36)",
