@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from weightpack import model_config
+from weightpack.decision import Decision
 from weightpack.entry import Entry, Part
 from weightpack.errors import ConfigError, UnsupportedError
-from weightpack.rules import Decision
 
 HERE = Path("models/one")
 

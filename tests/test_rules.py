@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weightpack import overrides, rules
+from weightpack.decision import Target
 from weightpack.entry import Entry, Part
 from weightpack.errors import ConfigError, UnsupportedError
 from weightpack.layers import Layer, Layers, by_name
@@ -51,7 +52,7 @@ def fits(name: str, shape: tuple[int, ...], params: object) -> str | None:
 def decide(entries, to, *, container=None, layers=None, for_host=True, **patterns):
     row = choose(to, TABLE)
     container = container or ("gguf" if row.container == "gguf" else "safetensors")
-    target = rules.Target(row, container, fits, for_host=for_host)
+    target = Target(row, container, fits, for_host=for_host)
     chosen = overrides.build(find, **patterns)
     return rules.decide(
         entries, target, chosen, layers if layers is not None else by_name(entries, {"model_type": "x"})
@@ -186,7 +187,7 @@ def test_gguf_rules():
         "model.norm.weight": "f32",
         "lm_head.weight": "gguf:q8_0",
         "h.0.conv.weight": "copy",
-        "odd.weight": "copy",
+        "odd.weight": "f16",
         "vision.patch_embed.weight": "copy",
         "layers.0.mlp.experts.gate_up_proj": "gguf:q8_0",
         "layers.0.mlp.gate.weight": "copy",
@@ -195,7 +196,7 @@ def test_gguf_rules():
         "position_ids": "copy",
     }
     why = {d.entry.name: d.why for d in decide(weights, "q8_0").tensors}
-    assert why["odd.weight"] == "row of 33 weights is not a multiple of block_size 32"
+    assert why["odd.weight"] == "row of 33 weights is not a multiple of block_size 32: f16 instead of q8_0"
 
 
 def test_gguf_refuses_what_it_cannot_hold():

@@ -17,7 +17,8 @@ RUST = ROOT / "rust"
 
 ORDER = [
     "errors", "_rust", "_lazy", "terminal", "entry", "sizes", "targets", "_arrays", "formats_", "gguf",
-    "mapping", "keymaps", "language", "architectures", "overrides", "skip_list", "layers", "rules",
+    "mapping", "keymaps", "language", "architectures", "overrides", "recipes",
+    "skip_list", "layers", "decision", "gguf_rules", "rules",
     "folder", "model_config", "report", "checkpoint", "convert_",
     "inspect_", "diff_", "progress", "demo", "tables", "cli", "__main__",
 ]  # fmt: skip

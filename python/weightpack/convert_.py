@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import model_config, overrides, rules
 from .checkpoint import Checkpoint, native_checkpoint
+from .decision import Decisions, Target
 from .entry import Entry
 from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from .folder import STEMS, Model, carried_files, find_models, is_pipeline
@@ -306,8 +307,8 @@ def _layers(
 
 def _decide(
     model: Model, entries: Sequence[Entry], options: _Options, container: str, kind: str, layers: Layers | None
-) -> rules.Decisions:
-    target = rules.Target(
+) -> Decisions:
+    target = Target(
         options.to,
         container,
         fits,
@@ -338,7 +339,7 @@ def _short(compute_dtype: str | None) -> str | None:
     return next((short for short, name in model_config.COMPUTE_DTYPES.items() if name == compute_dtype), None)
 
 
-def _check_packed(to: FormatInfo, decided: Sequence[rules.Decisions]) -> None:
+def _check_packed(to: FormatInfo, decided: Sequence[Decisions]) -> None:
     tensors = [decision for one in decided for decision in one.tensors]
     if not tensors:
         raise CheckpointError("the source holds no tensors")
@@ -359,7 +360,7 @@ def _output(
     number: int,
     model: Model,
     checkpoint: Checkpoint,
-    decided: rules.Decisions,
+    decided: Decisions,
     options: _Options,
     container: str,
     kind: str,
@@ -422,7 +423,7 @@ def _files(
     src: Path,
     chosen: Sequence[Model],
     opened: Sequence[Checkpoint],
-    decided: Sequence[rules.Decisions],
+    decided: Sequence[Decisions],
     options: _Options,
     kind: str,
 ) -> tuple[list[dict[str, str]], list[str]]:

@@ -57,7 +57,7 @@ class MappedTensor:
     shape: tuple[int, ...] | None = None
     add: float | None = None
     values: tuple[float, ...] | None = None
-    kind: str = "other"
+    kind: str = ""
     layer: int | None = None
     keep: str = ""
     plain: str = ""

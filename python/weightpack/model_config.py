@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .decision import Decision
 from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
-from .rules import Decision
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}

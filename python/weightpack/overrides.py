@@ -60,15 +60,17 @@ class Overrides:
     only: list[re.Pattern[str]] = field(default_factory=list)
     _used: set[str] = field(default_factory=set)
 
-    def choose(self, name: str) -> Rule | None:
-        """The rule that decides the tensor called `name`, if one speaks."""
+    def choose(self, name: str, others: Sequence[str] = ()) -> Rule | None:
+        """The rule that decides the tensor called `name`, if one speaks. `others` are more names of
+        the same tensor (those it has in the source)."""
+        names = (name, *others)
         chosen = None
         for rule in self.rules:
-            if rule.pattern.search(name):
+            if any(rule.pattern.search(known) for known in names):
                 self._used.add(rule.origin)
                 chosen = chosen or rule
         if self.only:
-            hits = [pattern for pattern in self.only if pattern.search(name)]
+            hits = [pattern for pattern in self.only if any(pattern.search(known) for known in names)]
             self._used.update(f"--only {pattern.pattern}" for pattern in hits)
             if chosen is None and not hits:
                 return Rule(self.only[0], COPY, "no --only pattern matches it", "only")
@@ -122,7 +124,7 @@ def read_recipe(path: str | Path, find: Callable[[str], str]) -> Recipe:
     if path.stat().st_size > MOST_RECIPE_BYTES:
         raise ConfigError(f'recipe "{path}" is larger than {MOST_RECIPE_BYTES} bytes')
     try:
-        document = _load_toml(path.read_text("utf-8"))
+        document = load_toml(path.read_text("utf-8"))
     except ValueError as error:
         raise ConfigError(f'recipe "{path}" is not TOML: {error}') from error
     where = f'recipe "{path}"'
@@ -188,7 +190,8 @@ def _check_keys(table: dict[str, Any], known: Sequence[str], where: str) -> None
             raise ConfigError(f'{where}: unknown key "{key}"', hint=hint)
 
 
-def _load_toml(text: str) -> dict[str, Any]:
+def load_toml(text: str) -> dict[str, Any]:
+    """A TOML document. Raises `ValueError` for text that is none."""
     # The standard library has a TOML reader since Python 3.11; before, the same code is a package.
     document: dict[str, Any] = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(text)
     return document

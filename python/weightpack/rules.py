@@ -5,9 +5,8 @@ decides:
 
 - **bitsandbytes** formats pack the weights of linear layers (see `weightpack.layers`); everything
   else is copied as it is stored.
-- **GGUF** formats pack every matrix that multiplies (two-dimensional weights, embeddings and output
-  layer included, and stacks of experts). Vectors and norms become f32. Convolutions, position
-  embeddings, routers, and rows that a block does not divide stay in source precision.
+- **GGUF** types and recipes pack every matrix that multiplies (two-dimensional weights, embeddings
+  and output layer included, and stacks of experts); see `weightpack.gguf_rules`.
 - **Casts** (`bf16`, `f16`, `f32`) apply to every floating point tensor; packed ones are decoded,
   integers copied.
 
@@ -16,76 +15,23 @@ Nothing is ever left out of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
+from . import gguf_rules
+from .decision import Decision, Decisions, Target, as_float, keep, no_decoder, pack, params_for
 from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
-from .layers import LINEAR, Layers, classify, own_name
+from .layers import LINEAR, Layers, classify
 from .overrides import Overrides, Rule
 from .skip_list import is_skipped, settle
-from .targets import CASTS, COPY, FormatInfo
+from .targets import CASTS, COPY
 
 GGUF_INTEGERS = {"I8", "I16", "I32", "I64"}
 GGUF_MOST_DIMENSIONS = 4
 GGUF_LONGEST_NAME = 63
 
-_FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
 _NO_LAYER = Layers("names", None, False, {}, frozenset())
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What becomes of one tensor: a full format name or "copy", its parameters, and the reason."""
-
-    entry: Entry
-    format: str
-    why: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def result(self) -> str:
-        """The format of the tensor in the output: for a copy, the format it has."""
-        if self.format != COPY:
-            return self.format
-        return self.entry.format or FLOATS.get(self.entry.dtype, self.entry.dtype.lower())
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the tensor is packed in the output."""
-        return ":" in self.result
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """One decision per tensor, in the order of the checkpoint.
-
-    `skip_list` are the module paths that a host must leave unpacked, `warnings` sentences for the
-    person.
-    """
-
-    tensors: tuple[Decision, ...]
-    skip_list: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is asked for.
-
-    `format` is the row for `--to`, `container` "safetensors" or "gguf". `params` are the options of
-    the format (`block_size`, `double_quant`). `plain` is the cast used where a packed tensor must
-    be stored as plain numbers. `for_host` says that the result is a model folder which a host will
-    load; `fits` gives the reason why a format cannot take a shape, or `None`.
-    """
-
-    format: FormatInfo
-    container: str
-    fits: Callable[[str, tuple[int, ...], Mapping[str, Any]], str | None]
-    params: Mapping[str, Any] = field(default_factory=dict)
-    plain: str = "bf16"
-    for_host: bool = True
 
 
 def decide(
@@ -101,14 +47,14 @@ def decide(
     """
     overrides = overrides or Overrides()
     layers = layers or _NO_LAYER
-    built_in = _built_in(target)
+    built_in = _built_in(entries, target, layers)
     decisions = []
     for entry in entries:
-        rule = overrides.choose(entry.name)
+        rule = overrides.choose(entry.name, _sources(entry, target))
         if rule is None:
-            chosen = built_in(entry, target, layers)
+            chosen = built_in(entry)
         elif rule.format == COPY:
-            chosen = _keep(entry, target, rule.why)
+            chosen = keep(entry, target, rule.why)
         else:
             chosen = _assigned(entry, target, rule, layers)
         if target.container == "gguf":
@@ -126,13 +72,19 @@ def decide(
     return Decisions(tuple(decisions), tuple(skip_list), tuple(warnings))
 
 
-def _built_in(target: Target) -> Callable[[Entry, Target, Layers], Decision]:
+def _sources(entry: Entry, target: Target) -> list[str]:
+    """The names that a tensor of an architecture has in the source."""
+    mapped = target.gguf.mapped.get(entry.name)
+    return [] if mapped is None else [rows.name for rows in mapped.sources]
+
+
+def _built_in(entries: Sequence[Entry], target: Target, layers: Layers) -> Callable[[Entry], Decision]:
     if target.format.backend == "bitsandbytes":
-        return _bitsandbytes
+        return lambda entry: _bitsandbytes(entry, target, layers)
     if target.format.backend == "gguf":
-        return _gguf
+        return gguf_rules.built_in(entries, target)
     if target.format.name in CASTS:
-        return _cast
+        return lambda entry: _cast(entry, target)
     raise UnsupportedError(f"there are no rules for format {target.format.name}")
 
 
@@ -141,42 +93,18 @@ def _bitsandbytes(entry: Entry, target: Target, layers: Layers) -> Decision:
     if layer is None:
         layer = classify(entry, "")
     if layer.kind != LINEAR or len(entry.shape) != 2:
-        return _keep(entry, target, layer.why if layer.kind != LINEAR else "not two-dimensional")
-    return _pack(entry, target, target.format.name, layer.why)
+        return keep(entry, target, layer.why if layer.kind != LINEAR else "not two-dimensional")
+    return pack(entry, target, target.format.name, layer.why)
 
 
-def _gguf(entry: Entry, target: Target, layers: Layers) -> Decision:
-    if not entry.is_float:
-        return _keep(entry, target, "not floating point")
-    module, _, leaf = entry.name.rpartition(".")
-    name = own_name(module)
-    if len(entry.shape) <= 1:
-        return _as_float(entry, "f32", "norm, bias or other vector")
-    if "norm" in name and name != "linear" and len(entry.shape) == 2 and leaf == "weight":
-        return _as_float(entry, "f32", "norm")
-    if leaf == "bias":
-        return _as_float(entry, "f32", "bias")
-    if len(entry.shape) > 3 or (len(entry.shape) == 3 and "expert" not in entry.name):
-        return _keep(entry, target, "convolution" if len(entry.shape) > 3 or "conv" in name else "not a matrix")
-    if leaf != "weight" and "expert" not in entry.name:
-        return _keep(entry, target, "not the weight of a layer")
-    if "conv" in name:
-        return _keep(entry, target, "convolution")
-    if "position" in name or name == "wpe" or "relative_attention_bias" in name or "token_type" in name:
-        return _keep(entry, target, "position or type embedding, which is looked up and never multiplied")
-    if name in ("gate", "router", "shared_expert_gate"):
-        return _keep(entry, target, "router of experts")
-    return _pack(entry, target, target.format.name, "embedding" if "emb" in name else "matrix")
-
-
-def _cast(entry: Entry, target: Target, layers: Layers) -> Decision:
+def _cast(entry: Entry, target: Target) -> Decision:
     if not entry.is_float:
         if entry.format is None and not entry.is_plain:
-            raise _no_decoder(entry)
+            raise no_decoder(entry)
         if entry.dtype.startswith(("F8", "F6", "F4", "type")) or entry.dtype in ("C64",):
-            raise _no_decoder(entry)
-        return _keep(entry, target, "not floating point")
-    return _as_float(entry, target.format.name, "cast" if entry.is_plain else "decoded")
+            raise no_decoder(entry)
+        return keep(entry, target, "not floating point")
+    return as_float(entry, target.format.name, "cast" if entry.is_plain else "decoded")
 
 
 def _assigned(entry: Entry, target: Target, rule: Rule, layers: Layers) -> Decision:
@@ -187,7 +115,7 @@ def _assigned(entry: Entry, target: Target, rule: Rule, layers: Layers) -> Decis
             hint="write a pattern that leaves it out",
         )
     if name in CASTS:
-        return _as_float(entry, name, rule.why)
+        return as_float(entry, name, rule.why)
     backend = name.partition(":")[0]
     if (backend == "gguf") != (target.container == "gguf"):
         raise ConfigError(f"{rule.origin}: a {target.container} file cannot hold {name}")
@@ -198,10 +126,12 @@ def _assigned(entry: Entry, target: Target, rule: Rule, layers: Layers) -> Decis
                 f'{rule.origin}: {layers.host} cannot load tensor "{entry.name}" packed: {why}',
                 hint="write a pattern that leaves it out",
             )
-    reason = target.fits(name, entry.shape, _params_for(name, target))
+    reason = target.fits(name, entry.shape, params_for(name, target))
     if reason is not None:
         raise ConfigError(f'{rule.origin}: tensor "{entry.name}": {reason}')
-    return _pack(entry, target, name, rule.why)
+    if backend == "gguf":
+        return gguf_rules.packed(entry, target, name, rule.why)
+    return pack(entry, target, name, rule.why)
 
 
 def _refused_by_host(entry: Entry, layers: Layers) -> str | None:
@@ -215,49 +145,6 @@ def _refused_by_host(entry: Entry, layers: Layers) -> str | None:
         fixed = is_skipped(layers.host, layers.fixed, layer.module)
         return layer.why if fixed or layer.why.startswith("tied") else None
     return layer.why
-
-
-def _pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
-    if not entry.is_float:
-        return _keep(entry, target, f"stored as {entry.dtype}, which is not decoded")
-    if entry.weights == 0:
-        return _keep(entry, target, "empty")
-    params = _params_for(name, target)
-    if entry.format == name and not any(params.values()):
-        return Decision(entry, COPY, f"{why}, packed already")
-    reason = target.fits(name, entry.shape, params)
-    if reason is not None:
-        return _keep(entry, target, reason)
-    return Decision(entry, name, why if entry.is_plain else f"{why}, decoded from {entry.format}", params)
-
-
-def _params_for(name: str, target: Target) -> Mapping[str, Any]:
-    return target.params if name in _FOUR_BIT else {}
-
-
-def _as_float(entry: Entry, name: str, why: str) -> Decision:
-    if entry.is_plain and FLOATS[entry.dtype] == name:
-        return Decision(entry, COPY, why if why != "cast" else f"{name} already")
-    return Decision(entry, name, why)
-
-
-def _keep(entry: Entry, target: Target, why: str) -> Decision:
-    """The tensor in source precision: its bytes, unless the container cannot hold them."""
-    if entry.is_plain:
-        return Decision(entry, COPY, why)
-    if entry.format is None:
-        raise _no_decoder(entry)
-    backend = entry.format.partition(":")[0]
-    if backend == "gguf" and target.container == "gguf":
-        return Decision(entry, COPY, why)
-    if backend == "bitsandbytes" and target.container == "safetensors":
-        return Decision(entry, COPY, why)
-    plain = target.plain if backend == "gguf" else FLOATS.get(entry.dtype, target.plain)
-    return Decision(entry, plain, f"{why}; decoded from {entry.format}")
-
-
-def _no_decoder(entry: Entry) -> UnsupportedError:
-    return UnsupportedError(f'{entry.dtype} is not decoded by this version (tensor "{entry.name}")')
 
 
 def _check_gguf(decision: Decision) -> None:

@@ -1,0 +1,149 @@
+"""One decision per tensor, and what any rule may decide: pack, cast, keep.
+
+`weightpack.rules` says which; here is what follows from it for the tensor at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .entry import FLOATS, Entry
+from .errors import UnsupportedError
+from .mapping import Facts, MappedTensor
+from .recipes import LLAMA, Recipe
+from .targets import COPY, FormatInfo
+
+_FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of one tensor: a full format name or "copy", its parameters, and the reason."""
+
+    entry: Entry
+    format: str
+    why: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def result(self) -> str:
+        """The format of the tensor in the output: for a copy, the format it has."""
+        if self.format != COPY:
+            return self.format
+        return self.entry.format or FLOATS.get(self.entry.dtype, self.entry.dtype.lower())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the tensor is packed in the output."""
+        return ":" in self.result
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One decision per tensor, in the order of the checkpoint.
+
+    `skip_list` are the module paths that a host must leave unpacked, `warnings` sentences for the
+    person.
+    """
+
+    tensors: tuple[Decision, ...]
+    skip_list: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GgufChoices:
+    """What is asked for where the target is GGUF.
+
+    `family` is the family of recipes that fits the model, `recipe` the one asked for (`None` for a
+    plain type), `facts` what it goes by. `fallback` says what becomes of rows that a block does not
+    divide. `mapped` are the tensors of an architecture by their names in the result. `importance`
+    are the names there that have an importance vector, `None` without one for the model;
+    `weighted` says that all weights count the same where there is none. `encodes` says of each
+    format when it is written. `from_gguf`: the source is GGUF, and `requantize`: its packed tensors
+    may be packed anew.
+    """
+
+    family: str = LLAMA
+    recipe: Recipe | None = None
+    facts: Facts = field(default_factory=Facts)
+    fallback: str = "auto"
+    mapped: Mapping[str, MappedTensor] = field(default_factory=dict)
+    importance: frozenset[str] | None = None
+    weighted: bool = False
+    encodes: Mapping[str, str] = field(default_factory=dict)
+    from_gguf: bool = False
+    requantize: bool = False
+
+    def has_importance(self, name: str) -> bool:
+        """Whether the tensor called `name` in the result has an importance vector."""
+        return self.weighted or (self.importance is not None and name in self.importance)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for.
+
+    `format` is the row for `--to`, `container` "safetensors" or "gguf". `params` are the options of
+    the format (`block_size`, `double_quant`). `plain` is the cast used where a packed tensor must
+    be stored as plain numbers. `for_host` says that the result is a model folder which a host will
+    load; `fits` gives the reason why a format cannot take a shape, or `None`. `gguf` is what only
+    concerns GGUF.
+    """
+
+    format: FormatInfo
+    container: str
+    fits: Callable[[str, tuple[int, ...], Mapping[str, Any]], str | None]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    plain: str = "bf16"
+    for_host: bool = True
+    gguf: GgufChoices = field(default_factory=GgufChoices)
+
+
+def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
+    """The tensor packed as `name`, or kept where that cannot be."""
+    if not entry.is_float:
+        return keep(entry, target, f"stored as {entry.dtype}, which is not decoded")
+    if entry.weights == 0:
+        return keep(entry, target, "empty")
+    params = params_for(name, target)
+    if entry.format == name and not any(params.values()):
+        return Decision(entry, COPY, f"{why}, packed already")
+    reason = target.fits(name, entry.shape, params)
+    if reason is not None:
+        return keep(entry, target, reason)
+    return Decision(entry, name, why if entry.is_plain else f"{why}, decoded from {entry.format}", params)
+
+
+def params_for(name: str, target: Target) -> Mapping[str, Any]:
+    """The options that format `name` takes."""
+    return target.params if name in _FOUR_BIT else {}
+
+
+def as_float(entry: Entry, name: str, why: str) -> Decision:
+    """The tensor as plain numbers of type `name`."""
+    if entry.is_plain and FLOATS[entry.dtype] == name:
+        return Decision(entry, COPY, why if why != "cast" else f"{name} already")
+    return Decision(entry, name, why)
+
+
+def keep(entry: Entry, target: Target, why: str) -> Decision:
+    """The tensor in source precision: its bytes, unless the container cannot hold them."""
+    if entry.is_plain:
+        return Decision(entry, COPY, why)
+    if entry.format is None:
+        raise no_decoder(entry)
+    backend = entry.format.partition(":")[0]
+    if backend == "gguf" and target.container == "gguf":
+        return Decision(entry, COPY, why)
+    if backend == "bitsandbytes" and target.container == "safetensors":
+        return Decision(entry, COPY, why)
+    plain = target.plain if backend == "gguf" else FLOATS.get(entry.dtype, target.plain)
+    return Decision(entry, plain, f"{why}; decoded from {entry.format}")
+
+
+def no_decoder(entry: Entry) -> UnsupportedError:
+    """The refusal of a stored type that nothing decodes."""
+    return UnsupportedError(f'{entry.dtype} is not decoded by this version (tensor "{entry.name}")')
