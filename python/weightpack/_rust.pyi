@@ -64,6 +64,10 @@ class Checkpoint:
     def open(path: str) -> Checkpoint:
         """`path`: a .safetensors, an *.index.json beside its shards, or a .gguf (any part of a split one)."""
 
+    @staticmethod
+    def from_bytes(name: str, data: bytes) -> Checkpoint:
+        """A safetensors file that is not on a disk; messages call it `name`."""
+
     def describe(self) -> str:
         """JSON object:
         container: "safetensors" | "gguf"; big_endian: bool; warnings: [str];

@@ -101,7 +101,18 @@ impl Checkpoint {
             .into_iter()
             .map(|(source, header)| OpenFile { source, header })
             .collect();
-        let mut warnings = resolved.warnings;
+        Checkpoint::of(files, resolved.warnings)
+    }
+
+    /// A safetensors file that is not on a disk: its bytes, and the name that messages use.
+    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
+        let source = FileSource::from_bytes(name, bytes);
+        let header = Container::Safetensors.read_header(&source)?;
+        let source = Arc::new(source);
+        Checkpoint::of(vec![OpenFile { source, header }], Vec::new())
+    }
+
+    fn of(files: Vec<OpenFile>, mut warnings: Vec<String>) -> Result<Self> {
         for file in &files {
             warnings.extend(file.header.warnings.iter().cloned());
         }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags, CWD};
 use rustix::io::Errno;
 
+use super::memory::MemorySource;
 use super::Source;
 use crate::error::{Error, Result};
 
@@ -58,12 +59,18 @@ impl Identity {
     }
 }
 
-/// A regular file that is read at offsets; several threads may read at once.
+/// A regular file that is read at offsets, or the bytes of one; several threads may read at once.
 #[derive(Debug)]
 pub struct FileSource {
-    file: File,
+    content: Content,
     path: PathBuf,
     identity: Identity,
+}
+
+#[derive(Debug)]
+enum Content {
+    File(File),
+    Memory(MemorySource<Vec<u8>>),
 }
 
 impl FileSource {
@@ -79,9 +86,25 @@ impl FileSource {
         let metadata = regular(&file, path)?;
         Ok(FileSource {
             identity: Identity::of(&metadata),
-            file,
+            content: Content::File(file),
             path: path.to_owned(),
         })
+    }
+
+    /// Bytes in memory that stand for a file called `name`, for what is made on the way and not worth
+    /// a file. The same bytes have the same identity, so that work that was interrupted goes on.
+    pub fn from_bytes(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        let path = name.into();
+        FileSource {
+            identity: Identity {
+                bytes: bytes.len() as u64,
+                modified_ns: xxhash_rust::xxh3::xxh3_64(&bytes).cast_signed(),
+                device: 0,
+                inode: 0,
+            },
+            content: Content::Memory(MemorySource::new(&path, bytes)),
+            path,
+        }
     }
 
     /// What tells this state of the file from another, as of opening.
@@ -92,15 +115,19 @@ impl FileSource {
     /// Tells the system that the file will be read from front to back. A hint: failure is no error.
     pub fn advise_sequential(&self) {
         #[cfg(target_os = "linux")]
-        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::Sequential);
+        if let Content::File(file) = &self.content {
+            let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Sequential);
+        }
     }
 
     /// Tells the system that these bytes will not be read again. A hint: failure is no error.
     pub fn advise_unneeded(&self, offset: u64, bytes: u64) {
         #[cfg(target_os = "linux")]
-        if let Some(bytes) = std::num::NonZeroU64::new(bytes) {
+        if let (Content::File(file), Some(bytes)) =
+            (&self.content, std::num::NonZeroU64::new(bytes))
+        {
             let advice = rustix::fs::Advice::DontNeed;
-            let _ = rustix::fs::fadvise(&self.file, offset, Some(bytes), advice);
+            let _ = rustix::fs::fadvise(file, offset, Some(bytes), advice);
         }
         #[cfg(not(target_os = "linux"))]
         let _ = (offset, bytes);
@@ -113,13 +140,17 @@ impl Source for FileSource {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let file = match &self.content {
+            Content::File(file) => file,
+            Content::Memory(memory) => return memory.read_at(offset, buffer),
+        };
         let wanted = buffer.len();
         let mut rest = buffer;
         let mut position = offset;
         while !rest.is_empty() {
-            match self.file.read_at(rest, position) {
+            match file.read_at(rest, position) {
                 Ok(0) => {
-                    let now = self.file.metadata().map_or(position, |now| now.len());
+                    let now = file.metadata().map_or(position, |now| now.len());
                     return Err(Error::checkpoint(format!(
                         "file ends at byte {now}, expected {wanted} bytes from byte {offset}"
                     ))
@@ -323,6 +354,22 @@ fn exchange_by_renames(a: &Path, b: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn bytes_stand_for_a_file() {
+        let source = FileSource::from_bytes("made", b"0123456789".to_vec());
+        let mut buffer = [0; 4];
+        source.read_at(6, &mut buffer).unwrap();
+        assert_eq!(&buffer, b"6789");
+        assert!(source.read_at(7, &mut buffer).is_err());
+        assert_eq!((source.len(), source.path()), (10, Path::new("made")));
+        source.advise_sequential();
+        source.advise_unneeded(0, 10);
+        let again = FileSource::from_bytes("made", b"0123456789".to_vec());
+        let other = FileSource::from_bytes("made", b"0123456788".to_vec());
+        assert_eq!(source.identity(), again.identity());
+        assert_ne!(source.identity(), other.identity());
+    }
 
     #[test]
     fn only_regular_files_open_and_nothing_waits() {

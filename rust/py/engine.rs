@@ -95,6 +95,12 @@ impl Checkpoint {
             .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
     }
 
+    #[staticmethod]
+    fn from_bytes(py: Python<'_>, name: &str, data: &[u8]) -> PyResult<Self> {
+        guarded(py, || engine::Checkpoint::from_bytes(name, data.to_vec()))
+            .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
+    }
+
     fn describe(&self, py: Python<'_>) -> PyResult<String> {
         let value = guarded(py, || Ok(describe(&self.0)))?;
         to_json(&value)
