@@ -136,6 +136,39 @@ pub static FP4: Codebook = Codebook::new(
     [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3],
 );
 
+/// A table of 16 whole numbers, sorted. A number takes the code of the nearest one, the upper code if
+/// it lies just between two: in other words, the number of midpoints that it is not below.
+#[derive(Debug)]
+pub struct Levels {
+    /// Value of each code.
+    pub values: [f32; 16],
+    /// Midpoints of neighbouring values.
+    pub midpoints: [f32; 15],
+}
+
+impl Levels {
+    /// The table of these values.
+    pub const fn new(whole: &[i8; 16]) -> Self {
+        let mut values = [0.0; 16];
+        let mut midpoints = [0.0; 15];
+        let mut i = 0;
+        while i < 16 {
+            values[i] = whole[i] as f32;
+            if i > 0 {
+                midpoints[i - 1] = (values[i - 1] + values[i]) / 2.0;
+            }
+            i += 1;
+        }
+        Levels { values, midpoints }
+    }
+
+    /// The code of `y`. NaN takes the last one.
+    pub fn code(&self, y: f32) -> u8 {
+        let below = self.midpoints.iter().filter(|&&midpoint| y < midpoint);
+        self.midpoints.len() as u8 - below.count() as u8
+    }
+}
+
 /// The signed dynamic 8-bit map: seven decades, 2^i values in decade i, of both signs, with 0 and
 /// 1. Sorted; code 127 is 0.
 pub static DYNAMIC: [f32; 256] = dynamic();

@@ -32,6 +32,8 @@
 //! | IQ4_NL | d·level |
 //! | IQ4_XS | (d·(s − 32))·level |
 //!
+//! Encoding is a search for scales and codes: `iq4_search` for the two types with a table.
+//!
 //! Special cases: none; every byte pattern decodes. A d that is infinite or NaN gives what the
 //! formulas give.
 //!
@@ -40,8 +42,8 @@
 
 use half::f16;
 
-use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks};
-use super::iq_grids;
+use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks, Weighing};
+use super::{iq4_search, iq_grids};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
 use crate::kernels::Level;
@@ -283,10 +285,19 @@ impl Block for Iq1M {
 }
 
 impl Block for Iq4Nl {
-    const INFO: Info = info("gguf:iq4_nl", "iq4_nl", 4.5, TABLE_READERS, Encodes::Never);
+    const INFO: Info = info("gguf:iq4_nl", "iq4_nl", 4.5, TABLE_READERS, Encodes::Always);
     const DTYPE: Dtype = Dtype::IQ4_NL;
     const WEIGHTS: usize = GROUP;
     const BYTES: usize = 18;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq4_search::encode_nl(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq4_search::encode_nl(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<GROUP, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -296,10 +307,25 @@ impl Block for Iq4Nl {
 }
 
 impl Block for Iq4Xs {
-    const INFO: Info = info("gguf:iq4_xs", "iq4_xs", 4.25, TABLE_READERS, Encodes::Never);
+    const INFO: Info = info(
+        "gguf:iq4_xs",
+        "iq4_xs",
+        4.25,
+        TABLE_READERS,
+        Encodes::Always,
+    );
     const DTYPE: Dtype = Dtype::IQ4_XS;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 136;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq4_search::encode_xs(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq4_search::encode_xs(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {

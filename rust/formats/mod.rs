@@ -27,6 +27,7 @@ pub mod ggml_k;
 mod ggml_k_encode;
 #[doc(hidden)]
 pub mod ggml_search;
+mod iq4_search;
 #[doc(hidden)]
 pub mod iq_grids;
 mod plain;

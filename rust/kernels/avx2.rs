@@ -4,8 +4,10 @@
 //! Every function here may be called only on a processor that has all three features.
 
 mod ggml;
+mod levels;
 
 pub(super) use ggml::*;
+pub(super) use levels::*;
 
 use std::arch::x86_64::*;
 

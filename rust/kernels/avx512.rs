@@ -3,6 +3,10 @@
 //!
 //! Every function here may be called only on a processor that has these features.
 
+mod levels;
+
+pub(super) use levels::*;
+
 use std::arch::x86_64::*;
 
 use super::sums::{RunLanes, RUN};

@@ -161,4 +161,20 @@ offers! {
     fn decode_q5_1 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
     fn encode_q8_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
     fn decode_q8_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    /// Scales of runs of 32 weights, given their shares in the loss; gives the number of runs done.
+    fn search_levels [avx2 avx512] (
+        levels: &crate::codebook::Levels,
+        epsilon: f32,
+        tries: i8,
+        weights: &[f32],
+        shares: &[f32],
+        scales: &mut [f32],
+    ) -> usize = 0;
+    /// Packed codes of runs of 32 weights, given inverse scales; gives the number of runs done.
+    fn pack_levels [avx2 avx512] (
+        levels: &crate::codebook::Levels,
+        weights: &[f32],
+        inverses: &[f32],
+        packed: &mut [u8],
+    ) -> usize = 0;
 }

@@ -5,7 +5,7 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::float;
 use crate::formats::Block;
-use crate::formats::{bnb4, bnb8, ggml_basic};
+use crate::formats::{bnb4, bnb8, ggml_basic, ggml_iq};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -305,6 +305,30 @@ fn check_blocks<B: Block>(level: Level) {
     }
 }
 
+/// As the encoding in [`check_blocks`], with importance.
+fn check_weighted<B: Block>(level: Level) {
+    let mut random = Random(7);
+    let most = 90 * B::WEIGHTS;
+    let importance: Vec<f32> = (0..most)
+        .map(|i| match (i / 100 % 3, i % 7) {
+            (0, _) => 1.0,
+            (1, 0) => 0.0,
+            _ => random.normal().powi(4),
+        })
+        .collect();
+    for input in inputs(most + 1) {
+        for blocks in [1, 2, 3, 90] {
+            let weights = &input[1..1 + blocks * B::WEIGHTS];
+            let importance = &importance[..weights.len()];
+            let mut expected = vec![0; blocks * B::BYTES];
+            let mut got = expected.clone();
+            B::encode_weighted(Level::SCALAR, weights, importance, &mut expected);
+            B::encode_weighted(level, weights, importance, &mut got);
+            assert_eq!(got, expected);
+        }
+    }
+}
+
 /// One module of tests per kernel, one test per level; a level that the processor lacks is named
 /// and passes.
 macro_rules! stamp {
@@ -350,6 +374,10 @@ stamp! {
     q5_0: |level| check_blocks::<ggml_basic::Q5_0>(level);
     q5_1: |level| check_blocks::<ggml_basic::Q5_1>(level);
     q8_0: |level| check_blocks::<ggml_basic::Q8_0>(level);
+    iq4_nl: |level| check_blocks::<ggml_iq::Iq4Nl>(level);
+    iq4_nl_weighted: |level| check_weighted::<ggml_iq::Iq4Nl>(level);
+    iq4_xs: |level| check_blocks::<ggml_iq::Iq4Xs>(level);
+    iq4_xs_weighted: |level| check_weighted::<ggml_iq::Iq4Xs>(level);
 }
 
 #[test]

@@ -49,7 +49,7 @@ IDS = {
 ENCODED_SIMPLY: tuple[str, ...] = ()
 """Types whose encoder ignores importance."""
 
-ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Types whose encoder searches otherwise when it is given importance."""
 
 _HALF, _SINGLE = (np.dtype("<f2"), np.dtype("<f4"))

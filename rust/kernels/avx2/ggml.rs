@@ -111,7 +111,7 @@ fn codes(weights: &[f32; 32], least: f32, scale: f32, bias: f32, limit: i32) -> 
 /// 32 codes, low four bits each, as split nibbles.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn split_nibbles([a, b, c, d]: [__m256i; 4]) -> __m128i {
+pub(super) fn split_nibbles([a, b, c, d]: [__m256i; 4]) -> __m128i {
     let mask = _mm256_set1_epi16(15);
     let low = _mm256_and_si256(_mm256_packus_epi32(a, b), mask);
     let high = _mm256_and_si256(_mm256_packus_epi32(c, d), mask);
