@@ -1,7 +1,8 @@
-//! The fixed tables of 4-bit and 8-bit codes.
+//! The fixed tables of 4-bit and 8-bit codes, and the 8-bit floats that serve as scales.
 //!
-//! Values from bitsandbytes 0.50.2 (`functional.py`: `get_4bit_type`, `create_dynamic_map`); the
-//! golden vectors hold the peer's own tables.
+//! Values of NF4, FP4 and the dynamic map from bitsandbytes 0.50.2 (`functional.py`: `get_4bit_type`,
+//! `create_dynamic_map`), the rest from ggml 0.25.3 (`ggml-common.h`, `ggml-impl.h`); the golden
+//! vectors hold the peers' own tables.
 
 /// A 4-bit code: its values and the order in which a number finds its code.
 #[derive(Debug)]
@@ -209,6 +210,73 @@ const fn boundary(i: usize, steps: usize) -> f32 {
     }
 }
 
+/// E2M1, values doubled so that they are whole; the code of minus zero is plain zero.
+pub static E2M1_DOUBLED: [f32; 16] = [
+    0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
+];
+
+/// Half of an E8M0 scale: 2^(code − 128). 255 is a number like the others.
+pub fn half_of_e8m0(code: u8) -> f32 {
+    f32::from_bits(match code {
+        0 | 1 => 0x0020_0000 << code,
+        _ => (u32::from(code) - 1) << 23,
+    })
+}
+
+/// Half of a UE4M3 scale: four exponent bits of bias 7, three bits of mantissa. 0x7f is 0; otherwise bit
+/// 7 is not looked at.
+pub fn half_of_ue4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), u32::from(code & 7));
+    match (code, exponent) {
+        (0x7f, _) => 0.0,
+        (_, 0) => mantissa as f32 / 1024.0,
+        _ => f32::from_bits((exponent + 127 - 8) << 23 | mantissa << 20),
+    }
+}
+
+/// The UE4M3 code of `x`: mantissa rounded half up; from 256 on that of 448. Just below the least
+/// normal number the mantissa stays at 7. 0 for NaN and for what is not above half of the least step.
+pub fn to_ue4m3(x: f32) -> u8 {
+    const LEAST_NORMAL: f32 = 1.0 / 64.0;
+    if x.is_nan() || x <= 0.0 {
+        0
+    } else if x < LEAST_NORMAL {
+        ((x * 512.0 + 0.5) as u8).min(7)
+    } else {
+        let code = ((x.min(448.0).to_bits() + (1 << 19)) >> 20) - ((127 - 7) << 3);
+        if code < 15 << 3 {
+            code as u8
+        } else {
+            0x7e
+        }
+    }
+}
+
+/// ⌊log₂ x⌋ of a number above 0, the logarithm being rounded to `f32` first: a number whose distance
+/// to the next power of two is lost in that rounding counts as that power. This is what a correctly
+/// rounded `log2f` gives.
+pub fn floor_log2(x: f32) -> i32 {
+    let bits = f64::from(x).to_bits();
+    let exponent = (bits >> 52) as i32 - 1023;
+    // log₂ is next − (distance / ln 2) with a relative distance far below 1, and rounds to `next` if
+    // that is nearer than half of the step below `next`.
+    let next = exponent + 1;
+    let distance = 1.0 - f64::from_bits(bits & !(0x7ff << 52) | 1022 << 52);
+    let below = if next > 0 { next - 1 } else { -next };
+    let is_lost = match below.checked_ilog2() {
+        Some(size) => {
+            let half_step = f64::from_bits((u64::from(size) + 1023 - 24) << 52);
+            distance < half_step * std::f64::consts::LN_2
+        }
+        None => false,
+    };
+    if is_lost {
+        next
+    } else {
+        exponent
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,5 +316,46 @@ mod tests {
         assert_eq!(FP4.code(-0.0), 0);
         assert_eq!(FP4.code(f32::MIN_POSITIVE), 8);
         assert_eq!(FP4.code(-f32::MIN_POSITIVE), 0);
+    }
+
+    #[test]
+    fn scales_survive_the_round_trip() {
+        for code in 0..=0x7e {
+            let expected = if code < 0x78 { code } else { 0x7e };
+            assert_eq!(to_ue4m3(2.0 * half_of_ue4m3(code)), expected);
+        }
+        assert_eq!(half_of_ue4m3(0x7e), 224.0);
+        assert_eq!(half_of_ue4m3(0x7f), 0.0);
+        assert_eq!(to_ue4m3(255.0), 0x7e);
+        assert_eq!(to_ue4m3(f32::INFINITY), 0x7e);
+        assert_eq!(to_ue4m3(-1.0), 0);
+        assert_eq!(to_ue4m3(1.0625), to_ue4m3(1.125), "half up");
+        assert_eq!(to_ue4m3((1.0f32 / 64.0).next_down()), 7);
+        for code in 0..=255 {
+            let half = 2f64.powi(i32::from(code) - 128);
+            assert_eq!(f64::from(half_of_e8m0(code)), half);
+        }
+    }
+
+    #[test]
+    fn logarithms_are_those_of_a_rounded_log2() {
+        for exponent in -149..=128 {
+            let power = 2f64.powi(exponent) as f32;
+            let mut x = if exponent == 128 { f32::MAX } else { power };
+            for _ in 0..100 {
+                if x > 0.0 {
+                    let rounded = f64::from(x).log2() as f32;
+                    assert_eq!(floor_log2(x), rounded.floor() as i32, "{x:e}");
+                }
+                x = x.next_down();
+            }
+            if exponent < 128 {
+                assert_eq!(floor_log2(power), exponent);
+                assert_eq!(
+                    floor_log2(power.next_up()),
+                    exponent + i32::from(exponent == -149)
+                );
+            }
+        }
     }
 }

@@ -19,6 +19,8 @@ mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
 #[doc(hidden)]
+pub mod ggml_activation;
+#[doc(hidden)]
 pub mod ggml_basic;
 #[doc(hidden)]
 pub mod ggml_iq;
@@ -27,9 +29,13 @@ pub mod ggml_k;
 mod ggml_k_encode;
 #[doc(hidden)]
 pub mod ggml_search;
+#[doc(hidden)]
+pub mod ggml_ternary;
 mod iq4_search;
 #[doc(hidden)]
 pub mod iq_grids;
+#[doc(hidden)]
+pub mod mx;
 mod plain;
 
 use std::borrow::Cow;
@@ -441,6 +447,14 @@ pub static FORMATS: &[&dyn Format] = &[
     &ggml_iq::IQ2_S_FORMAT,
     &ggml_iq::IQ2_XS_FORMAT,
     &ggml_iq::IQ2_XXS_FORMAT,
+    &ggml_ternary::TQ1_0_FORMAT,
+    &ggml_ternary::TQ2_0_FORMAT,
+    &ggml_ternary::Q1_0_FORMAT,
+    &ggml_ternary::Q2_0_FORMAT,
+    &mx::MXFP4_FORMAT,
+    &mx::NVFP4_FORMAT,
+    &ggml_activation::Q8_1_FORMAT,
+    &ggml_activation::Q8_K_FORMAT,
     &plain::BF16,
     &plain::F16,
     &plain::F32,
@@ -485,6 +499,14 @@ pub fn for_dtype(dtype: Dtype) -> Option<&'static dyn Format> {
         Dtype::IQ2_S => &ggml_iq::IQ2_S_FORMAT,
         Dtype::IQ2_XS => &ggml_iq::IQ2_XS_FORMAT,
         Dtype::IQ2_XXS => &ggml_iq::IQ2_XXS_FORMAT,
+        Dtype::TQ1_0 => &ggml_ternary::TQ1_0_FORMAT,
+        Dtype::TQ2_0 => &ggml_ternary::TQ2_0_FORMAT,
+        Dtype::Q1_0 => &ggml_ternary::Q1_0_FORMAT,
+        Dtype::Q2_0 => &ggml_ternary::Q2_0_FORMAT,
+        Dtype::MXFP4 => &mx::MXFP4_FORMAT,
+        Dtype::NVFP4 => &mx::NVFP4_FORMAT,
+        Dtype::Q8_1 => &ggml_activation::Q8_1_FORMAT,
+        Dtype::Q8_K => &ggml_activation::Q8_K_FORMAT,
         _ => return None,
     })
 }

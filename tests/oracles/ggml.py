@@ -46,43 +46,58 @@ IDS = {
 }
 """Ids of the tensor types, by name."""
 
-ENCODED_SIMPLY: tuple[str, ...] = ()
+ENCODED_SIMPLY = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4")
 """Types whose encoder ignores importance."""
 
 ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Types whose encoder searches otherwise when it is given importance."""
 
 _HALF, _SINGLE = (np.dtype("<f2"), np.dtype("<f4"))
-_SCALES: dict[str, tuple[tuple[int, np.dtype[Any]], ...]] = {
-    "Q4_0": ((0, _HALF),),
-    "Q4_1": ((0, _HALF), (2, _HALF)),
-    "Q5_0": ((0, _HALF),),
-    "Q5_1": ((0, _HALF), (2, _HALF)),
-    "Q8_0": ((0, _HALF),),
-    "Q2_K": ((80, _HALF), (82, _HALF)),
-    "Q3_K": ((108, _HALF),),
-    "Q4_K": ((0, _HALF), (2, _HALF)),
-    "Q5_K": ((0, _HALF), (2, _HALF)),
-    "Q6_K": ((208, _HALF),),
-    "IQ2_XXS": ((0, _HALF),),
-    "IQ2_XS": ((0, _HALF),),
-    "IQ2_S": ((0, _HALF),),
-    "IQ3_XXS": ((0, _HALF),),
-    "IQ3_S": ((0, _HALF),),
-    "IQ1_S": ((0, _HALF),),
-    "IQ1_M": (),
-    "IQ4_NL": ((0, _HALF),),
-    "IQ4_XS": ((0, _HALF),),
+_LAYOUTS: dict[str, tuple[int, int, tuple[tuple[int, np.dtype[Any]], ...]]] = {
+    "Q4_0": (32, 18, ((0, _HALF),)),
+    "Q4_1": (32, 20, ((0, _HALF), (2, _HALF))),
+    "Q5_0": (32, 22, ((0, _HALF),)),
+    "Q5_1": (32, 24, ((0, _HALF), (2, _HALF))),
+    "Q8_0": (32, 34, ((0, _HALF),)),
+    "Q2_K": (256, 84, ((80, _HALF), (82, _HALF))),
+    "Q3_K": (256, 110, ((108, _HALF),)),
+    "Q4_K": (256, 144, ((0, _HALF), (2, _HALF))),
+    "Q5_K": (256, 176, ((0, _HALF), (2, _HALF))),
+    "Q6_K": (256, 210, ((208, _HALF),)),
+    "IQ2_XXS": (256, 66, ((0, _HALF),)),
+    "IQ2_XS": (256, 74, ((0, _HALF),)),
+    "IQ2_S": (256, 82, ((0, _HALF),)),
+    "IQ3_XXS": (256, 98, ((0, _HALF),)),
+    "IQ3_S": (256, 110, ((0, _HALF),)),
+    "IQ1_S": (256, 50, ((0, _HALF),)),
+    "IQ1_M": (256, 56, ()),
+    "IQ4_NL": (32, 18, ((0, _HALF),)),
+    "IQ4_XS": (256, 136, ((0, _HALF),)),
+    "TQ1_0": (256, 54, ((52, _HALF),)),
+    "TQ2_0": (256, 66, ((64, _HALF),)),
+    "Q1_0": (128, 18, ((0, _HALF),)),
+    "Q2_0": (64, 18, ((0, _HALF),)),
+    "MXFP4": (32, 17, ()),
+    "NVFP4": (64, 36, ()),
+    "Q8_1": (32, 36, ((0, _HALF),)),
+    "Q8_K": (256, 292, ((0, _SINGLE),)),
 }
 
-BLOCK_TYPES = tuple(_SCALES)
+"""Weights and bytes of a block, and where its floats are."""
+
+BLOCK_TYPES = tuple(_LAYOUTS)
 """Types that are decoded."""
+
+
+def block_of(name: str) -> tuple[int, int]:
+    """Weights and bytes of a block."""
+    return _LAYOUTS[name][:2]
 
 
 def put_scales(name: str, blocks: NDArray[np.uint8], scales: NDArray[np.float16]) -> None:
     """Sets the floats of block k, of [blocks, block bytes], to number k of `scales` (the second one of a
     block to its half)."""
-    for index, (at, dtype) in enumerate(_SCALES[name]):
+    for index, (at, dtype) in enumerate(_LAYOUTS[name][2]):
         field = (scales.astype(np.float32) / np.float32(1 + index)).astype(dtype).reshape(-1, 1).view(np.uint8)
         blocks[:, at : at + dtype.itemsize] = field
     if name == "IQ1_M":

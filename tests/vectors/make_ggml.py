@@ -3,11 +3,11 @@
     python tests/vectors/make_ggml.py
 
 writes `tests/vectors/formats/ggml.json` as `make.py` writes its files, with the library that is
-inside llama-cpp-python 0.3.36. Every type that ggml decodes has a case whose `source` is null:
+inside llama-cpp-python 0.3.36. Every type that is decoded has a case whose `source` is null:
 blocks of random bytes with an ordinary, a subnormal and a large negative scale, and the weights
-they decode to. Types that are encoded in one way from weights alone also have cases with a source;
-types whose search takes importance have more of them, some with an `importance` (hexadecimal, one
-float32 per column).
+they decode to (of Q8_1, for which ggml has no function, the product evaluated in numpy). Types that
+are encoded in one way from weights alone also have cases with a source; types whose search takes
+importance have more of them, some with an `importance` (hexadecimal, one float32 per column).
 """
 
 import json
@@ -19,7 +19,14 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tests.oracles.ggml import BLOCK_TYPES, ENCODED_BY_IMPORTANCE, ENCODED_SIMPLY, open_ggml, put_scales  # noqa: E402
+from tests.oracles.ggml import (  # noqa: E402
+    BLOCK_TYPES,
+    ENCODED_BY_IMPORTANCE,
+    ENCODED_SIMPLY,
+    block_of,
+    open_ggml,
+    put_scales,
+)
 
 SCALES = [0.0123, 3e-6, -31000.0]
 
@@ -43,14 +50,18 @@ def case(note, name, weights, source, blocks, decoded, **more):
 
 
 def decoded(ggml, name):
-    traits = ggml.traits(name)
-    blocks = np.random.default_rng(traits.block_bytes).integers(0, 256, (3, traits.block_bytes), dtype=np.uint8)
+    weights, size = block_of(name)
+    blocks = np.random.default_rng(size).integers(0, 256, (3, size), dtype=np.uint8)
     put_scales(name, blocks, np.array(SCALES, np.float16))
-    return case("any codes", name, (3, traits.block_weights), None, blocks, ggml.dequantize(name, blocks))
+    if name == "Q8_1":
+        values = blocks[:, 4:].view(np.int8) * np.array(SCALES, np.float16).astype(np.float32)[:, None]
+    else:
+        values = ggml.dequantize(name, blocks)
+    return case("any codes", name, (3, weights), None, blocks, values)
 
 
 def encoded(ggml, name):
-    block = ggml.traits(name).block_weights
+    block, _ = block_of(name)
     rng = np.random.default_rng(7)
     normal = rng.standard_normal((2, block)).astype(np.float32) * np.float32(0.02)
     steps = rng.integers(-13, 14, (1, block)).astype(np.float32) / 2
