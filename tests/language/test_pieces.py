@@ -204,3 +204,18 @@ def test_merges_of_both_spellings_are_the_same() -> None:
     old = changed(merges=["a b", "ab c", f"{SPACE} ab"])
     assert from_tokenizer_json(old, 10) == from_tokenizer_json(described(), 10)
     assert json.loads(json.dumps(old))
+
+
+def test_a_converted_vocabulary_has_the_scores_it_was_made_from() -> None:
+    tokenizer = json.loads((VECTORS / "pieces-json" / "tokenizer.json").read_text("utf-8"))
+    own = read_piece_model(VECTORS / "pieces" / "tokenizer.model")
+    count = len(own.pieces)
+    mine, theirs = from_tokenizer_json(tokenizer, count), from_pieces(own, [], count)
+    assert mine.texts == theirs.texts
+    assert mine.scores is not None
+    assert theirs.scores is not None
+    made = {left + right for left, right in map(tuple, tokenizer["model"]["merges"])}
+    merged = [number for number, text in enumerate(mine.texts) if text in made]
+    assert len(merged) > 100
+    assert [mine.scores[n] for n in merged] == [theirs.scores[n] for n in merged]
+    assert {n for n in range(count) if mine.types[n] == BYTE} == {n for n in range(count) if theirs.types[n] == BYTE}

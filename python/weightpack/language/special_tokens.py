@@ -3,7 +3,8 @@
 `tokenizer_config.json` names them by text, `tokenizer.json` gives texts their numbers and says in
 its post-processor what is added, `config.json` has numbers where neither speaks.
 
-Source of the rules: `gguf.vocab.SpecialVocab` (gguf 0.19).
+Source of the rules: `gguf.vocab.SpecialVocab` as of ggml 0.25.3. One difference: texts are compared
+however they are spelled, as text or as an object with one.
 """
 
 from __future__ import annotations
@@ -83,11 +84,11 @@ def _declared(settings: Mapping[str, Any] | None) -> SpecialTokens:
 
 
 def _apply_post_processor(found: SpecialTokens, described: Any) -> None:
-    if not isinstance(described, Mapping):
-        return
     for kind, other in (("bos", "cls"), ("eos", "sep")):
         if kind not in found.texts and other in found.texts:
             found.texts[kind] = found.texts[other]
+    if not isinstance(described, Mapping):
+        return
     for processor in described.get("processors") or [described]:
         if processor.get("type") == "ByteLevel":
             found.added.setdefault("bos", False)
@@ -102,9 +103,10 @@ def _apply_template(found: SpecialTokens, template: Mapping[str, Any]) -> None:
     if len(single) > 1:
         first, last = _special(single[0]), _special(single[-1])
     if first is not None:
-        if first not in (found.texts.get("bos"), found.texts.get("cls")):
-            found.texts.setdefault("bos", first)
-        found.added["bos"] = first in (found.texts.get("bos"), found.texts.get("cls"))
+        # A text that begins with a token begins with the one that is called so, or that of a class.
+        found.texts.setdefault("bos", first)
+        found.texts.setdefault("cls", first)
+        found.added["bos"] = first in (found.texts["bos"], found.texts["cls"])
     if last is not None:
         if last != found.texts.get("eos"):
             # A text ends with this one, so what is called its end ends a turn.

@@ -6,7 +6,8 @@
 The first form trains the tokenizers (with `tokenizers` and `sentencepiece`) and is run once: other
 versions may train others. The second converts the models of `tests/language/models.py` with the
 script in a checkout of llama.cpp and writes `expected.json`: per model every tensor with type,
-shape and SHA-256 of its bytes, and all metadata, lists of more than 16 items as their SHA-256.
+shape and SHA-256 of its bytes, and all metadata, lists of more than 16 items as their SHA-256; and
+`special_tokens.json`: what its reader of special tokens finds in the folders of the test.
 
 The script tells the way of splitting text by a hash that only knows published vocabularies; it is
 told the answer instead, by the name of the tokenizer's folder.
@@ -65,15 +66,29 @@ def make_tokenizers() -> None:
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": decoder,
-        "bos_token": {"content": "<s>"},
+        "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True},
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "chat_template": "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
     }
     write(HERE / "pieces" / "tokenizer_config.json", settings)
     write(HERE / "pieces" / "generation_config.json", {"temperature": 0.6, "top_p": 0.9, "top_k": 20})
+    make_pieces_json()
     for name in ("llama-bpe", "qwen2"):
         make_byte_pairs(name)
+
+
+def make_pieces_json() -> None:
+    """The same pieces as transformers writes them where it keeps no `tokenizer.model`."""
+    from transformers import LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(HERE / "pieces" / "tokenizer.model", folder)
+        made = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True)
+        made.save_pretrained(folder)
+        target = HERE / "pieces-json"
+        target.mkdir(exist_ok=True)
+        write(target / "tokenizer.json", json.loads(Path(folder, "tokenizer.json").read_text("utf-8")), indent=None)
 
 
 def make_byte_pairs(name: str) -> None:
@@ -130,6 +145,47 @@ def convert(llama_cpp: Path, model: Path, tokenizer: str, target: Path, kind: st
     subprocess.run([sys.executable, "-c", CONVERT, *words], check=True, capture_output=True)
 
 
+FIND = """
+import json, sys
+sys.path.insert(0, f"{sys.argv[1]}/gguf-py")
+import gguf
+written = {}
+class Writer:
+    def __getattr__(self, name):
+        getattr(gguf.GGUFWriter, name)
+        return lambda value: written.setdefault(name, value)
+gguf.SpecialVocab(sys.argv[2], n_vocab=int(sys.argv[3])).add_to_gguf(Writer(), quiet=True)
+print(json.dumps(written))
+"""
+
+
+def find_special_tokens(llama_cpp: Path) -> dict[str, dict[str, object]]:
+    """Keys and values of each case of `tests/language/test_special_tokens.py`."""
+    from tests.language.test_special_tokens import ADDED, CASES, files
+    from weightpack.language.special_tokens import KEYS
+
+    expected = {}
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in files(case).items():
+                (Path(folder) / name).write_text(json.dumps(value))
+            words = [sys.executable, "-c", FIND, str(llama_cpp), folder, str(len(ADDED))]
+            done = subprocess.run(words, check=True, capture_output=True, text=True)
+        expected[case] = {
+            f"tokenizer.ggml.{key_of(name, KEYS)}": value
+            for name, value in json.loads(done.stdout).items()
+            if name != "add_chat_template"
+        }
+    return expected
+
+
+def key_of(writer: str, kinds: dict[str, str]) -> str:
+    """The key that a method of `GGUFWriter` writes."""
+    name = writer.removeprefix("add_")
+    kind = name.removesuffix("_token_id")
+    return f"{kinds[kind]}_token_id" if name != kind else name
+
+
 def describe(path: Path) -> dict[str, object]:
     """Tensors and metadata of a GGUF file, long lists and data as hashes."""
     import gguf
@@ -175,10 +231,9 @@ def main() -> None:
             model, target = make_model(Path(folder) / name, name), Path(folder) / f"{name}.gguf"
             convert(choices.llama_cpp, model, config["tokenizer"], target, "f32")
             expected[name] = describe(target)
-    write(
-        HERE / "expected.json",
-        {"peer": "llama.cpp convert_hf_to_gguf.py", "version": "as of ggml 0.25.3", "models": expected},
-    )
+    peer = {"peer": "llama.cpp convert_hf_to_gguf.py", "version": "as of ggml 0.25.3"}
+    write(HERE / "expected.json", {**peer, "models": expected})
+    write(HERE / "special_tokens.json", {**peer, "cases": find_special_tokens(choices.llama_cpp)})
 
 
 if __name__ == "__main__":
