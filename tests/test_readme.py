@@ -31,6 +31,8 @@ def make_model(folder: Path) -> None:
         "num_key_value_heads": 4,
         "num_hidden_layers": 2,
         "vocab_size": 160,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
     }
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {"model.embed_tokens.weight": normal((160, 128)), "model.norm.weight": normal((128,))}

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from . import keymaps
 from .errors import ConfigError
+from .language import architecture as language
 from .mapping import Architecture
 
 NONE = "none"
@@ -30,7 +32,10 @@ class Family:
     find: Callable[[str | None, Mapping[str, Any] | None, Collection[str]], Architecture | None]
 
 
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (
+    Family(keymaps.NAMES, keymaps.find),
+    Family(language.NAMES, language.find),
+)
 
 
 def find_architecture(

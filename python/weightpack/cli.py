@@ -68,7 +68,9 @@ def _version(context: click.Context, wanted: bool) -> None:
 @cli.command()
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@click.option("--to", default="nf4", show_default=True, metavar="FORMAT", help="Format; see `weightpack formats`.")
+@click.option(
+    "--to", default="nf4", show_default=True, metavar="FORMAT", help="Format or recipe; see `weightpack formats`."
+)
 @click.option("--double-quant", is_flag=True, help="nf4, fp4: quantize the scales as well.")
 @click.option("--block-size", type=int, metavar="N", help="nf4, fp4: weights that share a scale.  [default: 64]")
 @click.option(
@@ -101,6 +103,23 @@ def _version(context: click.Context, wanted: bool) -> None:
     show_default=True,
     help="How linear layers are told: by the model class in its library, or by tensor names.",
 )
+@click.option("--arch", metavar="NAME", help="GGUF: names of this architecture, or `none`.  [default: as detected]")
+@click.option(
+    "--fallback",
+    type=click.Choice(["auto", "error", "q8_0", "f16", "keep"]),
+    default="auto",
+    show_default=True,
+    help="GGUF: type of rows that a block does not divide.",
+)
+@click.option("--importance", type=click.Path(), metavar="FILE.gguf", help="GGUF: importance vectors (imatrix).")
+@click.option(
+    "--search",
+    type=click.Choice(["ref", "weighted"]),
+    default="ref",
+    show_default=True,
+    help="GGUF: search scales as llama.cpp does, or as if all columns counted the same.",
+)
+@click.option("--requantize", is_flag=True, help="GGUF: pack tensors anew that are packed already.")
 @_thresholds
 @_shared
 def convert(
@@ -178,17 +197,19 @@ def diff(a: str, b: str, *, threads: int | None, as_json: bool, min_snr: float |
 @cli.command()
 @_shared
 def formats(*, as_json: bool) -> int:
-    """List every format: size, container, exactness, and which library reads the result."""
+    """List every format and recipe: size, container, exactness, and which library reads the result."""
+    from .recipes import recipe_rows
     from .targets import format_table
 
     if as_json:
         from dataclasses import asdict
 
-        click.echo(json.dumps({"formats": [asdict(row) for row in format_table()]}, indent=2))
+        rows = {"formats": format_table(), "recipes": recipe_rows()}
+        click.echo(json.dumps({key: [asdict(row) for row in listed] for key, listed in rows.items()}, indent=2))
     else:
         from . import tables
 
-        tables.show_formats(format_table())
+        tables.show_formats((*format_table(), *recipe_rows()))
     return DONE
 
 

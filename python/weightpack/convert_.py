@@ -16,12 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import model_config, overrides, rules
+from . import gguf_rules, gguf_target, model_config, overrides, recipes, rules
 from .checkpoint import Checkpoint, native_checkpoint
 from .decision import Decisions, Target
 from .entry import Entry
 from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from .folder import STEMS, Model, carried_files, find_models, is_pipeline
+from .gguf_target import GgufModel, GgufOptions
+from .importance import open_importance
 from .layers import Layers, find_layers
 from .report import ConvertReport, ErrorStatistics, FileReport, TensorReport
 from .sizes import parse_size
@@ -47,6 +49,7 @@ class _Options:
     compute_dtype: str | None
     max_shard_bytes: int
     native: Mapping[str, Any]
+    gguf: GgufOptions
 
 
 def convert(
@@ -72,6 +75,11 @@ def convert(
     verify: bool = True,
     on_nonfinite: Literal["refuse", "keep"] = "refuse",
     layers: Literal["auto", "host", "names"] = "auto",
+    arch: str | None = None,
+    fallback: gguf_rules.Fallback = "auto",
+    importance: str | os.PathLike[str] | None = None,
+    search: Literal["ref", "weighted"] = "ref",
+    requantize: bool = False,
     on_progress: Progress | None = None,
 ) -> ConvertReport:
     """Converts the checkpoint `src` into `dst`, packed as `to`.
@@ -81,7 +89,7 @@ def convert(
     container, except for the components of a pipeline, which follow the format. What is written is
     a model: config, index, tokenizer and every other file of a source folder come along.
 
-    `to` is a format by full or short name ("nf4", "gguf:q8_0", "bf16").
+    `to` is a format by full or short name ("nf4", "gguf:q8_0", "bf16"), or a recipe ("q4_k_m").
     `double_quant`, `block_size`: as bitsandbytes' `bnb_4bit_use_double_quant` and `blocksize`.
     `compute_dtype`: the type that 4-bit layers compute in ("bfloat16"); by default the source's.
     `keep`, `only`, `assign`, `recipe`: see `weightpack.overrides`.
@@ -94,6 +102,13 @@ def convert(
     `on_nonfinite`: whether weights that are not finite are refused, or kept where a format can.
     `layers`: ask the host library which tensors belong to linear layers ("host"), go by names
     ("names"), or ask where it is installed ("auto").
+
+    For GGUF: `arch` names the architecture whose tensor names the result has ("flux"); by default
+    it is told by the config and the names, and "none" keeps the names of the source. `fallback`:
+    what becomes of rows that a block does not divide (see `weightpack.gguf_rules`). `importance`:
+    an imatrix file of llama.cpp; `search`: "weighted" searches scales as if all columns counted the
+    same where there is no vector, "ref" without weights, as llama.cpp does. `requantize`: pack
+    tensors of a GGUF source anew although they are packed.
 
     Gives a `ConvertReport`. Raises `ConfigError` for options that make no sense, `CheckpointError`,
     `FormatError` or `UnsupportedError` for input that is refused, all before anything is written;
@@ -113,6 +128,7 @@ def convert(
         threads=threads,
         verify=verify,
         on_nonfinite=on_nonfinite,
+        gguf=_gguf_options(arch, fallback, importance, search, requantize),
     )
     _check_place(src, dst)
     found = find_models(src)
@@ -124,14 +140,16 @@ def convert(
         model_config.source_method(model.config)
     tables = [list(checkpoint.values()) for checkpoint in opened]
     known = _layers(chosen, tables, options, container, layers)
+    targets = _targets(chosen, opened, tables, options, container)
     decided = [
-        _decide(model, entries, options, container, kind, one)
-        for model, entries, one in zip(chosen, tables, known, strict=True)
+        _decide(model, entries, options, container, kind, one, target)
+        for model, entries, one, target in zip(chosen, tables, known, targets, strict=True)
     ]
     _check_packed(options.to, decided)
 
+    sources = [native_checkpoint(checkpoint) for checkpoint in opened]
     outputs = [
-        _output(number, model, opened[number], decided[number], options, container, kind)
+        _output(number, model, opened[number], decided[number], options, container, kind, targets[number], sources)
         for number, model in enumerate(chosen)
     ]
     files, left_out = _files(src, chosen, opened, decided, options, kind)
@@ -144,12 +162,12 @@ def convert(
     }
     from . import _rust
 
-    plan = _rust.Plan.build(json.dumps(request), [native_checkpoint(checkpoint) for checkpoint in opened])
+    plan = _rust.Plan.build(json.dumps(request), sources)
     report = _planned(plan, src, dst, options.to, dry_run)
     warnings = [
         f"{model.component}: {warning}" if model.component else warning
-        for model, checkpoint, one in zip(chosen, opened, decided, strict=True)
-        for warning in (*checkpoint.warnings, *one.warnings)
+        for model, checkpoint, one, target in zip(chosen, opened, decided, targets, strict=True)
+        for warning in (*checkpoint.warnings, *one.warnings, *_gguf_warnings(one, target))
     ]
     has_packed = any(decision.is_packed for one in decided for decision in one.tensors)
     if has_packed and kind == "folder" and container == "safetensors" and any(m.config is None for m in chosen):
@@ -175,16 +193,20 @@ def _options(
     threads: int | None,
     verify: bool,
     on_nonfinite: str,
+    gguf: GgufOptions,
 ) -> _Options:
     def full_name(name: str) -> str:
         return find_format(name).name
 
-    read = None if recipe is None else overrides.read_recipe(Path(recipe), full_name)
-    target = find_format(to)
+    def target_name(name: str) -> str:
+        return recipes.find_target(name).name
+
+    read = None if recipe is None else overrides.read_recipe(Path(recipe), full_name, target_name)
+    target = recipes.find_target(to)
     if read is not None and read.default is not None:
         if to not in ("nf4", read.default) and target.name != read.default:
             raise ConfigError(f'the recipe\'s default is {read.default}, and --to says "{to}"', hint="leave one out")
-        target = find_format(read.default)
+        target = recipes.find_target(read.default)
     rule_set = overrides.build(full_name, recipe=read, **patterns)
     formats = {target.name, *(rule.format for rule in rule_set.rules)}
     for option, given in (("double_quant", double_quant), ("block_size", block_size is not None)):
@@ -217,7 +239,19 @@ def _options(
             "keep_nonfinite": on_nonfinite == "keep",
             "sync": True,
         },
+        gguf,
     )
+
+
+def _gguf_options(
+    arch: str | None, fallback: str, importance: str | os.PathLike[str] | None, search: str, requantize: bool
+) -> GgufOptions:
+    if fallback not in gguf_rules.FALLBACKS:
+        raise ConfigError(f'fallback "{fallback}" is none of {", ".join(gguf_rules.FALLBACKS)}')
+    if search not in ("ref", "weighted"):
+        raise ConfigError(f'search "{search}" is none of ref, weighted')
+    vectors = None if importance is None else open_importance(importance)
+    return GgufOptions(arch, fallback, vectors, search == "weighted", requantize)
 
 
 def usable_cores() -> int:
@@ -305,9 +339,40 @@ def _layers(
     return known
 
 
+def _targets(
+    models: Sequence[Model],
+    opened: Sequence[Checkpoint],
+    tables: Sequence[Sequence[Entry]],
+    options: _Options,
+    container: str,
+) -> list[GgufModel | None]:
+    """What only concerns GGUF, for each model."""
+    if container != "gguf":
+        asked = {"arch": options.gguf.arch, "importance": options.gguf.importance}
+        for option, value in asked.items():
+            if value is not None:
+                raise ConfigError(f"{option} is an option of GGUF files, and the result is none")
+        return [None] * len(models)
+    return [
+        gguf_target.prepare(model, checkpoint, entries, options.to, options.gguf)
+        for model, checkpoint, entries in zip(models, opened, tables, strict=True)
+    ]
+
+
+def _gguf_warnings(decided: Decisions, target: GgufModel | None) -> Sequence[str]:
+    return () if target is None else target.warnings_of(decided.tensors)
+
+
 def _decide(
-    model: Model, entries: Sequence[Entry], options: _Options, container: str, kind: str, layers: Layers | None
+    model: Model,
+    entries: Sequence[Entry],
+    options: _Options,
+    container: str,
+    kind: str,
+    layers: Layers | None,
+    gguf: GgufModel | None,
 ) -> Decisions:
+    more = {} if gguf is None else {"gguf": gguf.choices}
     target = Target(
         options.to,
         container,
@@ -315,8 +380,9 @@ def _decide(
         options.params,
         plain=_short(options.compute_dtype) or model_config.main_dtype(entries) or "bf16",
         for_host=kind == "folder" and container == "safetensors" and model.config is not None,
+        **more,
     )
-    return rules.decide(entries, target, options.overrides, layers)
+    return rules.decide(entries if gguf is None else gguf.entries, target, options.overrides, layers)
 
 
 def fits(name: str, shape: tuple[int, ...], params: Mapping[str, Any]) -> str | None:
@@ -364,34 +430,47 @@ def _output(
     options: _Options,
     container: str,
     kind: str,
+    target: GgufModel | None,
+    sources: list[_rust.Checkpoint],
 ) -> dict[str, Any]:
+    """One model in the request. `sources` are all checkpoints it names; those that only GGUF needs
+    are added there."""
     output: dict[str, Any] = {
         "container": container,
         "folder": model.component,
         "stem": _stem(model),
         "max_shard_bytes": options.max_shard_bytes if kind == "folder" and container == "safetensors" else None,
-        "metadata_from": None,
-        "tensors": [
-            {
-                "checkpoint": number,
-                "name": decision.entry.name,
-                "as": decision.entry.name,
-                "format": decision.format,
-                "params": dict(decision.params),
-                "why": decision.why,
-            }
-            for decision in decided.tensors
-        ],
     }
-    if container == "gguf":
-        pairs = model_config.gguf_metadata(decided.tensors, model.config, _name(model))
-        if checkpoint.container == "gguf":
-            output["metadata_from"] = number
-            pairs = [pair for pair in pairs if pair[0] not in ("general.architecture", "general.name")]
-        output["metadata"] = [list(pair) for pair in pairs]
-    else:
-        output["metadata"] = {**_text_metadata(checkpoint), "format": "pt"}
+    if target is not None:
+        others = _other_sources(target, options, sources)
+        return {**output, **target.output(decided.tensors, model, _name(model), number, others)}
+    output["metadata"] = {**_text_metadata(checkpoint), "format": "pt"}
+    output["tensors"] = [
+        {
+            "checkpoint": number,
+            "name": decision.entry.name,
+            "as": decision.entry.name,
+            "format": decision.format,
+            "params": dict(decision.params),
+            "why": decision.why,
+        }
+        for decision in decided.tensors
+    ]
     return output
+
+
+def _other_sources(target: GgufModel, options: _Options, sources: list[_rust.Checkpoint]) -> dict[str, int]:
+    from . import _rust
+
+    others = {}
+    if options.gguf.importance is not None:
+        others["importance"] = len(sources)
+        sources.append(native_checkpoint(options.gguf.importance.checkpoint))
+    generated = target.generated()
+    if generated is not None:
+        others["generated"] = len(sources)
+        sources.append(_rust.Checkpoint.from_bytes("computed", generated))
+    return others
 
 
 def _text_metadata(checkpoint: Checkpoint) -> dict[str, str]:

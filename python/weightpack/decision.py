@@ -15,6 +15,9 @@ from .mapping import Facts, MappedTensor
 from .recipes import LLAMA, Recipe
 from .targets import COPY, FormatInfo
 
+GGML_DIMENSIONS = 4
+"""Most dimensions of a tensor for readers that are built on ggml."""
+
 _FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
 
 
@@ -63,7 +66,7 @@ class GgufChoices:
     are the names there that have an importance vector, `None` without one for the model;
     `weighted` says that all weights count the same where there is none. `encodes` says of each
     format when it is written. `from_gguf`: the source is GGUF, and `requantize`: its packed tensors
-    may be packed anew.
+    may be packed anew. `most_dimensions` is what readers of the result take.
     """
 
     family: str = LLAMA
@@ -76,6 +79,7 @@ class GgufChoices:
     encodes: Mapping[str, str] = field(default_factory=dict)
     from_gguf: bool = False
     requantize: bool = False
+    most_dimensions: int = GGML_DIMENSIONS
 
     def has_importance(self, name: str) -> bool:
         """Whether the tensor called `name` in the result has an importance vector."""

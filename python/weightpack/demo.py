@@ -117,7 +117,7 @@ def run(keep: str | None = None, say: Callable[[str], None] = lambda text: None)
 
 def _step(model: Path, destination: Path, name: str) -> Step:
     # Names decide here, so that the demo shows the same with and without a host library.
-    report = convert(model, destination, name, layers="names")
+    report = convert(model, destination, name, layers="names", arch="none" if destination.suffix == ".gguf" else None)
     compared = diff(model, destination)
     packed = {tensor.name for tensor in report.tensors if tensor.format == name}
     pairs = [pair for pair in compared.tensors if pair.name in packed]

@@ -25,6 +25,8 @@ from .targets import CASTS
 
 FALLBACKS = ("auto", "error", "q8_0", "f16", "keep")
 Fallback = Literal["auto", "error", "q8_0", "f16", "keep"]
+INSTEAD = " instead of "
+"""What the reason of a fallback holds."""
 SMALL_WEIGHTS = 1024
 """Tensors of diffusion models with no more weights than this are stored in f32."""
 
@@ -79,6 +81,7 @@ def fall_back(entry: Entry, target: Target, name: str, why: str) -> tuple[str, s
     if reason is None or name in CASTS:
         return name, why
     short = name.removeprefix("gguf:")
+    reason = reason.removeprefix(f"{short}: ")
     policy = target.gguf.fallback
     if policy == "error":
         raise UnsupportedError(
@@ -86,14 +89,14 @@ def fall_back(entry: Entry, target: Target, name: str, why: str) -> tuple[str, s
             hint="--fallback chooses what such tensors become",
         )
     if policy == "keep":
-        return "copy", f"{reason}: kept instead of {short}"
+        return "copy", f"{reason}: kept{INSTEAD}{short}"
     family = recipes.family(target.gguf.family)
     follower = "q8_0" if policy == "q8_0" else family.fallback.get(short) if policy == "auto" else None
     following = f"gguf:{follower}"
     known = target.gguf.encodes.get(following, "always") == "always"
     if follower is None or not known or target.fits(following, entry.shape, {}) is not None:
         following = family.fallback_last
-    return following, f"{reason}: {following.removeprefix('gguf:')} instead of {short}"
+    return following, f"{reason}: {following.removeprefix('gguf:')} {INSTEAD.strip()} {short}"
 
 
 def packed(entry: Entry, target: Target, name: str, why: str) -> Decision:

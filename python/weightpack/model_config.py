@@ -1,4 +1,4 @@
-"""What is written beside the weights: `config.json` for hosts, key-value pairs for GGUF.
+"""What is written beside the weights for hosts: `config.json`.
 
 The `quantization_config` has the keys and values that transformers 5.23 and diffusers 0.42.1 write
 for a bitsandbytes model.
@@ -19,27 +19,6 @@ from .errors import ConfigError, UnsupportedError
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}
-
-FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "gguf:q4_0": 2,
-    "gguf:q4_1": 3,
-    "gguf:q8_0": 7,
-    "gguf:q5_0": 8,
-    "gguf:q5_1": 9,
-    "gguf:q2_k": 10,
-    "gguf:q3_k": 12,
-    "gguf:q4_k": 15,
-    "gguf:q5_k": 17,
-    "gguf:q6_k": 18,
-    "bf16": 32,
-}
-"""`general.file_type` by the most common format (llama.cpp's `LLAMA_FTYPE_MOSTLY_*`; the K types
-by their `_M` mixture, as gguf-py does)."""
-
-QUANTIZATION_VERSION = 2
-"""`general.quantization_version`: the layout of ggml's block types (`GGML_QNT_VERSION`)."""
 
 
 def source_method(config: Mapping[str, Any] | None) -> str | None:
@@ -154,36 +133,3 @@ def _is_local(name: str, folder: Path) -> bool:
         return True
     # "owner/model" is a name on the hub; anything longer, or with a backslash, is a path.
     return "\\" in name or name.count("/") > 1 or name == str(folder)
-
-
-def gguf_metadata(
-    decisions: Sequence[Decision], config: Mapping[str, Any] | None, name: str
-) -> list[tuple[str, str, Any]]:
-    """The key-value pairs of a new GGUF file: `(key, type, value)`."""
-    results = Counter(d.result for d in decisions if len(d.entry.shape) > 1)
-    packed = [kind for kind, _ in results.most_common() if kind.startswith("gguf:")]
-    kinds = packed or [kind for kind, _ in results.most_common() if kind in FILE_TYPES]
-    pairs: list[tuple[str, str, Any]] = [
-        ("general.architecture", "str", architecture(config)),
-        ("general.name", "str", name),
-    ]
-    if kinds and kinds[0] in FILE_TYPES:
-        pairs.append(("general.file_type", "u32", FILE_TYPES[kinds[0]]))
-    if packed:
-        pairs.append(("general.quantization_version", "u32", QUANTIZATION_VERSION))
-    source = main_dtype(d.entry for d in decisions)
-    if source is not None:
-        pairs.append(("weightpack.source_dtype", "str", source))
-    return pairs
-
-
-def architecture(config: Mapping[str, Any] | None) -> str:
-    """The name that GGUF readers know a model by: `model_type`, or the class name in snake case."""
-    if config is None:
-        return "unknown"
-    if isinstance(config.get("model_type"), str):
-        name = config["model_type"]
-    else:
-        name = str(config.get("_class_name", "unknown"))
-        name = re.sub(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name)
-    return re.sub(r"[^a-z0-9_]", "_", name.lower()) or "unknown"

@@ -116,8 +116,11 @@ def build(
     return Overrides(rules, [compile_pattern(text, "--only") for text in _several(only)])
 
 
-def read_recipe(path: str | Path, find: Callable[[str], str]) -> Recipe:
-    """Reads a recipe file. Raises `ConfigError` that names the file and the entry at fault."""
+def read_recipe(
+    path: str | Path, find: Callable[[str], str], find_default: Callable[[str], str] | None = None
+) -> Recipe:
+    """Reads a recipe file. `find_default` turns the name of its default into a full name, by default
+    as `find` does with those of rules. Raises `ConfigError` that names the file and the entry at fault."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f'recipe "{path}" is not a file')
@@ -132,7 +135,7 @@ def read_recipe(path: str | Path, find: Callable[[str], str]) -> Recipe:
 
     default = document.get("default")
     if default is not None:
-        default = find(_text(default, f"{where}: default"))
+        default = (find_default or find)(_text(default, f"{where}: default"))
     keep = document.get("keep", [])
     if not isinstance(keep, list):
         raise ConfigError(f"{where}: keep is not a list of patterns")

@@ -28,7 +28,6 @@ from .skip_list import is_skipped, settle
 from .targets import CASTS, COPY
 
 GGUF_INTEGERS = {"I8", "I16", "I32", "I64"}
-GGUF_MOST_DIMENSIONS = 4
 GGUF_LONGEST_NAME = 63
 
 _NO_LAYER = Layers("names", None, False, {}, frozenset())
@@ -58,7 +57,7 @@ def decide(
         else:
             chosen = _assigned(entry, target, rule, layers)
         if target.container == "gguf":
-            _check_gguf(chosen)
+            _check_gguf(chosen, target.gguf.most_dimensions)
         decisions.append(chosen)
 
     warnings = list(layers.warnings) if layers is not _NO_LAYER else []
@@ -147,11 +146,11 @@ def _refused_by_host(entry: Entry, layers: Layers) -> str | None:
     return layer.why
 
 
-def _check_gguf(decision: Decision) -> None:
+def _check_gguf(decision: Decision, most: int) -> None:
     entry = decision.entry
-    if len(entry.shape) > GGUF_MOST_DIMENSIONS:
+    if len(entry.shape) > most:
         raise UnsupportedError(
-            f"GGUF holds tensors of at most {GGUF_MOST_DIMENSIONS} dimensions, got {len(entry.shape)} "
+            f"GGUF holds tensors of at most {most} dimensions, got {len(entry.shape)} "
             f'(tensor "{entry.name}", shape {list(entry.shape)})',
             hint="convert to a safetensors format",
         )

@@ -81,7 +81,7 @@ def test_packing_a_packed_model_again_copies_it(llama_folder, tmp_path):
 
 
 def test_gguf_and_back(llama_folder, tmp_path):
-    weightpack.convert(llama_folder, tmp_path / "m.gguf", "q8_0")
+    weightpack.convert(llama_folder, tmp_path / "m.gguf", "q8_0", arch="none")
     info = weightpack.inspect(tmp_path / "m.gguf")
     assert info.metadata["general.architecture"] == "llama"
     assert info.metadata["general.file_type"] == 7
@@ -94,7 +94,9 @@ def test_gguf_and_back(llama_folder, tmp_path):
     assert not report.warnings
     assert weightpack.diff(llama_folder, tmp_path / "back").error.snr_db > 40
     weightpack.convert(tmp_path / "m.gguf", tmp_path / "nf4.safetensors", "nf4")
-    weightpack.convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "q4_0")
+    with pytest.raises(UnsupportedError, match="would lose precision a second time"):
+        weightpack.convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "q4_0")
+    weightpack.convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "q4_0", requantize=True)
     again = weightpack.inspect(tmp_path / "again.gguf").metadata
     assert (again["general.architecture"], again["general.file_type"]) == ("llama", 2)
 
