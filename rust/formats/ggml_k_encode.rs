@@ -285,12 +285,19 @@ fn round_fits<const P: usize>(
         mins[index] = fit.min;
         counts[index] = fit.counts;
     }
+    let runs = fits.len();
     for (which, values) in [scales, mins].into_iter().enumerate() {
-        let mut found = [(0.0, [0; P]); TOGETHER];
-        let blocks = fits.len() / P;
-        let (values, counts) = (&values[..fits.len()], &counts[..fits.len()]);
-        fit_positive_runs(level, limit, values, counts, &mut found[..blocks]);
-        for (rounded, (d, codes)) in rounded.iter_mut().zip(found) {
+        let (mut steps, mut codes) = ([0.0; TOGETHER], [0; RUNS]);
+        fit_positive_runs::<P>(
+            level,
+            limit,
+            &values[..runs],
+            &counts[..runs],
+            &mut steps[..runs / P],
+            &mut codes[..runs],
+        );
+        let found = steps.into_iter().zip(codes.as_chunks().0);
+        for (rounded, (d, &codes)) in rounded.iter_mut().zip(found) {
             rounded[which] = Rounded { d, codes };
         }
     }

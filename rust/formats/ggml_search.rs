@@ -17,13 +17,10 @@
 //! Source: ggml 0.25.3, `ggml-quants.c` (`make_qkx2_quants`, `make_qkx3_quants`, which agree wherever
 //! both are used; `make_qx_quants`; `make_q3_quants`; `make_qp_quants`).
 
-use crate::kernels::Level;
+pub use crate::kernels::search::{AffineSearch, Fit, Weigh, EPSILON};
 
-/// Below this largest magnitude, a run counts as zero.
-pub const EPSILON: f32 = 1e-15;
-
-/// Adding this number leaves an integer in the low bits of the sum.
-pub const ROUNDER: f32 = 12_582_912.0;
+use crate::kernels::search::ROUNDER;
+use crate::kernels::{self, Level};
 
 /// The nearest integer, halves to even. Beyond ±2²² (and for NaN) the result is what the low 23 bits
 /// of the sum say: ggml asks for no more, and the same bits must come out.
@@ -31,37 +28,9 @@ pub fn nearest(x: f32) -> i32 {
     ((x + ROUNDER).to_bits() & 0x7f_ffff).cast_signed() - 0x40_0000
 }
 
-/// The tries of [`fit_affine`].
-#[derive(Debug, Clone, Copy)]
-pub struct AffineSearch {
-    /// Largest code.
-    pub limit: u8,
-    /// Try i divides the range into `limit + first + i·step` steps.
-    pub first: f32,
-    /// See `first`.
-    pub step: f32,
-    /// How many tries.
-    pub tries: u8,
-    /// Whether the error is |difference|, not its square.
-    pub absolute: bool,
-}
-
-/// How much each weight counts.
-#[derive(Debug, Clone, Copy)]
-pub enum Weigh<'a> {
-    /// |x|
-    Magnitude,
-    /// Root mean square of the run + |x|
-    RootMeanSquare,
-    /// x²
-    Square,
-    /// These numbers, one per weight.
-    Given(&'a [f32]),
-}
-
 impl Weigh<'_> {
     /// The numbers for run `index`, whose weights are `x`.
-    pub fn of_run<const N: usize>(self, index: usize, x: &[f32; N]) -> [f32; N] {
+    fn of_run<const N: usize>(self, index: usize, x: &[f32; N]) -> [f32; N] {
         match self {
             Weigh::Magnitude => x.map(f32::abs),
             Weigh::RootMeanSquare => {
@@ -73,22 +42,6 @@ impl Weigh<'_> {
             Weigh::Given(given) => given.as_chunks().0.get(index).copied().unwrap_or([0.0; N]),
         }
     }
-}
-
-/// What a search found for one run.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Fit {
-    /// Step between neighbouring codes.
-    pub scale: f32,
-    /// −least: what is subtracted from scale·l. 0 in symmetric fits.
-    pub min: f32,
-    /// The codes are `nearest(code_scale·(x − code_least))`, clamped: the last winner's step, and the
-    /// minimum that was in force when it was tried.
-    pub code_scale: f32,
-    /// See `code_scale`. 0 in symmetric fits.
-    pub code_least: f32,
-    /// Sum of w.
-    pub counts: f32,
 }
 
 /// Step and minimum for one run. Every winner's minimum is the one that the tries after it start from.
@@ -140,7 +93,7 @@ pub fn fit_affine<const N: usize>(search: &AffineSearch, x: &[f32; N], w: &[f32;
     };
     let mut best = error(fit.scale, least, &codes(step, least));
     for index in 0..search.tries {
-        let step = (search.first + search.step * f32::from(index) + limit as f32) / (most - least);
+        let step = search.steps(index) / (most - least);
         let codes = codes(step, least);
         let (mut sum_l, mut sum_l2, mut sum_xl) = (0.0, 0.0, 0.0);
         for ((&x, &w), &l) in x.iter().zip(w).zip(&codes) {
@@ -347,12 +300,15 @@ pub fn fit_positive<const N: usize>(limit: u8, x: &[f32; N], w: &[f32; N]) -> (f
 
 /// [`fit_affine`] of each run of `N` weights.
 pub fn fit_affine_runs<const N: usize>(
-    _level: Level,
+    level: Level,
     search: &AffineSearch,
     weigh: Weigh<'_>,
     weights: &[f32],
     fits: &mut [Fit],
 ) {
+    if kernels::fit_affine(level, N, search, weigh, weights, fits) {
+        return;
+    }
     for (index, (x, fit)) in weights.as_chunks::<N>().0.iter().zip(fits).enumerate() {
         *fit = fit_affine(search, x, &weigh.of_run(index, x));
     }
@@ -360,35 +316,46 @@ pub fn fit_affine_runs<const N: usize>(
 
 /// [`fit_symmetric`] of each run of `N` weights.
 pub fn fit_symmetric_runs<const N: usize>(
-    _level: Level,
+    level: Level,
     limit: u8,
     weigh: Weigh<'_>,
     weights: &[f32],
     fits: &mut [Fit],
 ) {
+    if kernels::fit_symmetric(level, N, limit, weigh, weights, fits) {
+        return;
+    }
     for (index, (x, fit)) in weights.as_chunks::<N>().0.iter().zip(fits).enumerate() {
         *fit = fit_symmetric(limit, x, &weigh.of_run(index, x));
     }
 }
 
 /// [`fit_descent`] of each run of 16 weights, the codes left out.
-pub fn fit_descent_runs(_level: Level, limit: u8, weights: &[f32], fits: &mut [Fit]) {
+pub fn fit_descent_runs(level: Level, limit: u8, weights: &[f32], fits: &mut [Fit]) {
+    if kernels::fit_descent(level, limit, weights, fits) {
+        return;
+    }
     for (x, fit) in weights.as_chunks::<16>().0.iter().zip(fits) {
         fit.scale = fit_descent(limit, x).0;
     }
 }
 
-/// [`fit_positive`] of each run of `N` scales.
+/// [`fit_positive`] of each run of `N` scales: steps, and `N` codes for each.
 pub fn fit_positive_runs<const N: usize>(
-    _level: Level,
+    level: Level,
     limit: u8,
     scales: &[f32],
     counts: &[f32],
-    found: &mut [(f32, [u8; N])],
+    steps: &mut [f32],
+    codes: &mut [u8],
 ) {
-    let counts = counts.as_chunks().0;
-    for ((x, w), found) in scales.as_chunks().0.iter().zip(counts).zip(found) {
-        *found = fit_positive(limit, x, w);
+    if kernels::fit_positive(level, N, limit, scales, counts, steps, codes) {
+        return;
+    }
+    let runs = scales.as_chunks().0.iter().zip(counts.as_chunks().0);
+    let found = steps.iter_mut().zip(codes.as_chunks_mut::<N>().0);
+    for ((x, w), (step, codes)) in runs.zip(found) {
+        (*step, *codes) = fit_positive(limit, x, w);
     }
 }
 

@@ -4,9 +4,11 @@
 //! Every function here may be called only on a processor that has all three features.
 
 mod ggml;
+mod lanes;
 mod levels;
 
 pub(super) use ggml::*;
+pub(super) use lanes::*;
 pub(super) use levels::*;
 
 use std::arch::x86_64::*;

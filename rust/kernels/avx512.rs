@@ -3,8 +3,10 @@
 //!
 //! Every function here may be called only on a processor that has these features.
 
+mod lanes;
 mod levels;
 
+pub(super) use lanes::*;
 pub(super) use levels::*;
 
 use std::arch::x86_64::*;

@@ -15,6 +15,7 @@
 mod avx2;
 #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
 mod avx512;
+pub mod search;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -177,4 +178,29 @@ offers! {
         inverses: &[f32],
         packed: &mut [u8],
     ) -> usize = 0;
+    /// Searches over runs of 16 or 32 weights (`crate::formats::ggml_search`); whether it was done.
+    fn fit_affine [avx2 avx512] (
+        size: usize,
+        search: &search::AffineSearch,
+        weigh: search::Weigh<'_>,
+        weights: &[f32],
+        fits: &mut [search::Fit],
+    ) -> bool = false;
+    fn fit_symmetric [avx2 avx512] (
+        size: usize,
+        limit: u8,
+        weigh: search::Weigh<'_>,
+        weights: &[f32],
+        fits: &mut [search::Fit],
+    ) -> bool = false;
+    fn fit_descent [avx2 avx512] (limit: u8, weights: &[f32], fits: &mut [search::Fit])
+        -> bool = false;
+    fn fit_positive [avx2 avx512] (
+        size: usize,
+        limit: u8,
+        scales: &[f32],
+        counts: &[f32],
+        steps: &mut [f32],
+        codes: &mut [u8],
+    ) -> bool = false;
 }

@@ -5,7 +5,7 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::float;
 use crate::formats::Block;
-use crate::formats::{bnb4, bnb8, ggml_basic, ggml_iq};
+use crate::formats::{bnb4, bnb8, ggml_basic, ggml_iq, ggml_k};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -329,6 +329,45 @@ fn check_weighted<B: Block>(level: Level) {
     }
 }
 
+/// Blocks whose encoder searches: numbers of blocks that fill no group and several, with importance of
+/// many kinds and without.
+fn check_searched_blocks<B: Block>(level: Level) {
+    let most = 19 * B::WEIGHTS;
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let mut importance: Vec<Vec<f32>> = vec![vec![1.0; most], vec![0.0; most]];
+    for kind in 0..3 {
+        let number = |_| match kind {
+            0 => random.normal().abs(),
+            1 => random.normal().max(0.0),
+            _ => (10.0 * random.normal()).exp2(),
+        };
+        importance.push((0..most).map(number).collect());
+    }
+    for mut input in inputs(most + 1) {
+        // A search among numbers that are not finite means nothing; it may not panic, no more.
+        let mut blocks = vec![0; 19 * B::BYTES];
+        B::encode(level, &input[1..], &mut blocks);
+        B::encode_weighted(level, &input[1..], &importance[2], &mut blocks);
+        for weight in input.iter_mut().filter(|weight| !weight.is_finite()) {
+            *weight = 0.0;
+        }
+        for blocks in [0, 1, 3, 16, 19] {
+            let weights = &input[1..=blocks * B::WEIGHTS];
+            let mut expected = vec![0; blocks * B::BYTES];
+            let mut got = expected.clone();
+            B::encode(Level::SCALAR, weights, &mut expected);
+            B::encode(level, weights, &mut got);
+            assert!(got == expected);
+            for importance in &importance {
+                let importance = &importance[..weights.len()];
+                B::encode_weighted(Level::SCALAR, weights, importance, &mut expected);
+                B::encode_weighted(level, weights, importance, &mut got);
+                assert!(got == expected);
+            }
+        }
+    }
+}
+
 /// One module of tests per kernel, one test per level; a level that the processor lacks is named
 /// and passes.
 macro_rules! stamp {
@@ -378,6 +417,11 @@ stamp! {
     iq4_nl_weighted: |level| check_weighted::<ggml_iq::Iq4Nl>(level);
     iq4_xs: |level| check_blocks::<ggml_iq::Iq4Xs>(level);
     iq4_xs_weighted: |level| check_weighted::<ggml_iq::Iq4Xs>(level);
+    q2_k: |level| check_searched_blocks::<ggml_k::Q2K>(level);
+    q3_k: |level| check_searched_blocks::<ggml_k::Q3K>(level);
+    q4_k: |level| check_searched_blocks::<ggml_k::Q4K>(level);
+    q5_k: |level| check_searched_blocks::<ggml_k::Q5K>(level);
+    q6_k: |level| check_searched_blocks::<ggml_k::Q6K>(level);
 }
 
 #[test]
