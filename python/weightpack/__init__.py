@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import gguf
     from .checkpoint import Checkpoint, open_checkpoint
     from .convert_ import ConvertReport, convert
     from .diff_ import DiffReport, diff
@@ -43,6 +44,7 @@ _NAMES = {
     "dequantize": "formats_",
     "diff": "diff_",
     "formats": "formats_",
+    "gguf": "gguf",
     "inspect": "inspect_",
     "open_checkpoint": "checkpoint",
     "pack_int4": "formats_",
@@ -67,6 +69,7 @@ __all__ = [
     "dequantize",
     "diff",
     "formats",
+    "gguf",
     "inspect",
     "open_checkpoint",
     "pack_int4",
@@ -81,7 +84,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{module}"), name)
+    value: Any = import_module(f"{__name__}.{module}")
+    if module != name:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 

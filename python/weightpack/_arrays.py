@@ -17,18 +17,23 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, FormatError
 
-_NUMPY_DTYPES: dict[str, Any] = {
+NUMPY_DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
-_NAMES = {dtype.name: name for name, dtype in _NUMPY_DTYPES.items()}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Element types of arrays, by their name in the table of types."""
+_NAMES = {dtype.name: name for name, dtype in NUMPY_DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Element types that are encoded."""
 
-ELEMENT_TYPES = frozenset(_NUMPY_DTYPES)
+ELEMENT_TYPES = frozenset(NUMPY_DTYPES)
 """Types of the table that arrays can have."""
 
 
@@ -74,7 +79,7 @@ def view(array: Any) -> Bytes:
 def view_floats(array: Any) -> Bytes:
     """As `view`, for weights: float64, float32, float16 or bfloat16."""
     seen = view(array)
-    if seen.dtype not in _FLOATS:
+    if seen.dtype not in FLOATS:
         raise FormatError(
             f"array of dtype {seen.array.dtype}: expected float32, float16, bfloat16 or float64",
         )
@@ -95,9 +100,52 @@ def view_output(array: Any) -> Bytes:
     return seen
 
 
+def view_strided(array: Any) -> Bytes:
+    """As `view`, but rows may stand apart: `data` is a uint8 view [..., bytes of a row], and only an
+    array whose rows are not in one piece themselves is copied."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        if array.device.type != "cpu" or array.layout != torch.strided or not array.dim():
+            return _of_rows(view(array))
+        dense = array.detach().resolve_neg()
+        if array.shape[-1] > 1 and dense.stride(-1) != 1:
+            dense = dense.contiguous()
+        data = dense.view(torch.uint8).numpy()
+        return Bytes(dense, data, tuple(array.shape), _NAMES.get(str(array.dtype).removeprefix("torch.")), True)
+    given = np.asarray(array)
+    whole = given.ndim and given.dtype.isnative and not given.dtype.hasobject
+    if not whole or (given.shape[-1] > 1 and given.strides[-1] != given.itemsize):
+        return _of_rows(view(array))
+    return Bytes(given, given.view(np.uint8), given.shape, _NAMES.get(given.dtype.name), False)
+
+
+def _of_rows(seen: Bytes) -> Bytes:
+    """A contiguous array, its bytes as rows."""
+    leading = seen.shape[:-1]
+    length = seen.data.size // max(1, int(np.prod(leading, dtype=np.int64)))
+    return Bytes(seen.array, seen.data.reshape(*leading, length), seen.shape, seen.dtype, seen.is_torch)
+
+
+def view_strided_output(array: Any) -> Bytes:
+    """As `view_strided`, for an array of floats that is written to, so that no copy will do."""
+    seen = view_strided(array)
+    if seen.dtype not in FLOATS:
+        raise FormatError(f"out has dtype {seen.array.dtype}, expected float32, float16, bfloat16 or float64")
+    if seen.is_torch:
+        in_place = seen.array.data_ptr() == array.data_ptr() and not array.is_neg()
+    else:
+        in_place = isinstance(array, np.ndarray) and array.dtype.isnative and np.may_share_memory(array, seen.data)
+        in_place = in_place or (isinstance(array, np.ndarray) and array.size == 0)
+    if not in_place:
+        raise FormatError("out is not an array or tensor whose rows are in one piece")
+    if not seen.data.flags.writeable:
+        raise FormatError("out is read-only")
+    return seen
+
+
 def empty(shape: Sequence[int], dtype: str, *, torch: bool) -> Bytes:
     """A new array of unknown content; a GGUF block type is not an element type and is refused."""
-    numpy_dtype = _NUMPY_DTYPES[dtype]
+    numpy_dtype = NUMPY_DTYPES[dtype]
     if torch:
         library = sys.modules["torch"]
         tensor = library.empty(tuple(shape), dtype=getattr(library, numpy_dtype.name))
@@ -110,6 +158,11 @@ def as_torch(array: NDArray[Any]) -> Any:
     return sys.modules["torch"].from_numpy(array)
 
 
+def name_of(array: Any) -> str | None:
+    """Name in the table of types of an array's elements, `None` if they have no row there."""
+    return _NAMES.get(str(array.dtype).removeprefix("torch."))
+
+
 def dtype_name(dtype: Any) -> str:
     """`F32` for `"float32"`, `numpy.float32` and `torch.float32`, and so on."""
     text = str(dtype).removeprefix("torch.")
@@ -117,6 +170,6 @@ def dtype_name(dtype: Any) -> str:
         with contextlib.suppress(TypeError):
             text = np.dtype(dtype).name
     name = _NAMES.get(text)
-    if name not in _FLOATS:
+    if name not in FLOATS:
         raise ConfigError(f"dtype {dtype} is not float32, float16, bfloat16 or float64")
     return str(name)

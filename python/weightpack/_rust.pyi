@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 __all__ = [
     "Checkpoint",
     "Plan",
+    "Writer",
     "__version__",
     "decode",
+    "decode_rows",
     "diff",
     "encode",
     "formats",
     "layout",
     "pack_int4",
+    "types",
     "unpack_int4",
 ]
 
@@ -54,6 +57,19 @@ def decode(
 ) -> None:
     """Decodes component byte arrays into `out`, rounded once to `dtype`."""
 
+def decode_rows(
+    format: str,
+    columns: int,
+    data: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    dtype: str,
+    threads: int | None,
+) -> None:
+    """Decodes rows of `columns` weights: `data` and `out` are two-dimensional, their rows may stand apart."""
+
+def types() -> str:
+    """JSON list of GGUF's tensor types: id, name, block_weights, block_bytes, format (or null), encodes."""
+
 def pack_int4(codes: NDArray[np.uint8], order: str) -> NDArray[np.uint8]: ...
 def unpack_int4(packed: NDArray[np.uint8], order: str, count: int) -> NDArray[np.uint8]: ...
 @final
@@ -61,8 +77,9 @@ class Checkpoint:
     """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""
 
     @staticmethod
-    def open(path: str) -> Checkpoint:
-        """`path`: a .safetensors, an *.index.json beside its shards, or a .gguf (any part of a split one)."""
+    def open(path: str, lenient: bool = False) -> Checkpoint:
+        """`path`: a .safetensors, an *.index.json beside its shards, or a .gguf (any part of a split one).
+        `lenient`: an empty key and data that is not aligned are warnings, in a .gguf."""
 
     @staticmethod
     def from_bytes(name: str, data: bytes) -> Checkpoint:
@@ -73,7 +90,7 @@ class Checkpoint:
         container: "safetensors" | "gguf"; big_endian: bool; warnings: [str];
         files: [{path, bytes, header_bytes}];
         tensors: [{name, shape, dtype, format, weights, stored_bytes, file (index),
-                   parts: [{name, dtype, shape, bytes}]}]
+                   parts: [{name, dtype, shape, bytes, offset}]}]
         A packed weight and its statistics are one tensor; `format` is null where none decodes it, and
         `dtype` is the element type that decoding gives back (the stored type for plain ones).
         """
@@ -84,8 +101,27 @@ class Checkpoint:
     def metadata_value(self, key: str) -> Any:
         """One GGUF metadata value, decoded whole; KeyError when absent."""
 
-    def read(self, name: str, out: NDArray[np.uint8], dtype: str, threads: int | None) -> None:
-        """Decodes one tensor into `out`, rounded once to `dtype`; a stored integer type is copied as it is."""
+    def metadata_fields(self) -> list[tuple[str, str, int | None]]:
+        """Key, type ("u32", "str", "[f32]") and, for arrays, number of items; in file order."""
+
+    def metadata_item(self, key: str) -> Any:
+        """One value, whole: a number, bool or str, a numpy array, a list of str or of arrays; KeyError when absent."""
+
+    def read(
+        self,
+        name: str,
+        out: NDArray[np.uint8],
+        dtype: str,
+        threads: int | None,
+        rows: tuple[int, int] | None = None,
+    ) -> None:
+        """Decodes one tensor, or its rows from the first of `rows` up to the second, into `out`, rounded once to
+        `dtype`; a stored integer type is copied as it is."""
+
+    def verify(
+        self, threads: int | None, on_progress: Callable[[int, int, int, str], None] | None
+    ) -> list[tuple[str, int, str]]:
+        """Reads all data: name, block and fault of the first block of each array whose scale is not finite."""
 
 @final
 class Plan:
@@ -97,11 +133,13 @@ class Plan:
         destination: path; kind: "folder" | "file" (a file destination has exactly one output and no files);
         outputs: [{
             container: "safetensors" | "gguf"; folder: "" or a subfolder; stem: "model";
-            max_shard_bytes: int | null;
+            max_shard_bytes: int | null; max_dimensions?: int (gguf; 4);
             metadata: {str: str} (safetensors) | [[key, type, value]] (gguf; type "u32", "str", "[i32]", ...);
             metadata_from: index of a gguf checkpoint whose key-value pairs are carried over | null;
             tensors: [{checkpoint: int, name: str, as: str, format: full format name | "copy",
-                       params: {block_size?, double_quant?}, why: str}]
+                       params: {block_size?, double_quant?}, why: str,
+                       rows?: [{name, first?, count?, interleave?: {groups, parts}}], shape?, add?: float,
+                       importance?: {checkpoint: int | null, sums?, counts?}}]
         }];
         files: [{path: relative path, text: str} | {path: relative path, copy: absolute path}];
         options: {threads: int | null, max_memory_bytes: int, slab_bytes: int | null, verify: bool,
@@ -128,6 +166,39 @@ class Plan:
         tensors: [{name, as, from, to, output_bytes, bits_per_weight,
                    error: null | {weights, signal, noise, cross, power, max_error, relative_rms, snr_db, cosine}}]
         """
+
+@final
+class Writer:
+    """A GGUF file that is made from arrays; it takes its place when it is committed."""
+
+    @staticmethod
+    def create(
+        path: str,
+        tensors: list[tuple[str, str, list[int]]],
+        metadata: str,
+        carried: list[tuple[str, Checkpoint]],
+        *,
+        max_dimensions: int,
+        overwrite: bool,
+    ) -> Writer:
+        """`tensors`: name, type, shape. `metadata`: JSON list of [key, type, value]; before them stand the pairs
+        `carried` over from other files."""
+
+    def put(
+        self,
+        index: int,
+        data: NDArray[np.uint8],
+        dtype: str | None,
+        importance: NDArray[np.float32] | None,
+        threads: int | None,
+    ) -> None:
+        """Writes tensor `index`: weights of type `dtype`, encoded if need be, or with None the stored bytes."""
+
+    def commit(self) -> int:
+        """Finishes the file; gives its length."""
+
+    def discard(self) -> None:
+        """Removes what was written; nothing after `commit`."""
 
 def diff(
     a: Checkpoint,

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _arrays, _rust
 from .errors import CheckpointError, ConfigError, FormatError
-from .targets import FormatInfo, format_table
+from .targets import FormatInfo, find_format, format_table
 
 _STATE = "quant_state.bitsandbytes__"
 
@@ -36,6 +36,7 @@ def quantize(
     block_size: int | None = None,
     double_quant: bool = False,
     keep_nonfinite: bool = False,
+    importance: Any = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Encodes an array; lossy for every format but `f32`.
@@ -43,7 +44,9 @@ def quantize(
     `array` holds float32, float16, bfloat16 or float64 weights, of any shape that the format takes:
     `bitsandbytes:int8` two dimensions, GGUF types rows of whole blocks. `block_size` and
     `double_quant` are choices of `nf4` and `fp4`. Weights that are not finite are refused;
-    `keep_nonfinite` encodes them where the format defines how (`nf4`, `fp4`).
+    `keep_nonfinite` encodes them where the format defines how (`nf4`, `fp4`). `importance`, for GGUF
+    types, says how much each column counts: float32, one number per column of the last dimension, or
+    one per matrix of a stack and column; types that have no use for it ignore it.
 
     Gives the stored arrays by component, `""` being the main one, under the names they have in a
     file: for `nf4` `""`, `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, and with
@@ -59,6 +62,11 @@ def quantize(
     ((64, 1), array([1., 1.], dtype=float32))
     """
     weights = _arrays.view_floats(array)
+    columns = None
+    if importance is not None:
+        if not format.lower().startswith("gguf:") and find_format(format).backend != "gguf":
+            raise ConfigError(f"{format}: takes no importance, only GGUF types do")
+        columns = np.ascontiguousarray(np.asarray(importance, np.float32)).reshape(-1)
     params = {
         "block_size": block_size,
         "double_quant": double_quant,
@@ -79,6 +87,7 @@ def quantize(
         str(weights.dtype),
         [part.data for part in parts],
         threads,
+        columns,
     )
     return {
         component["suffix"]: part.array[:length] if component["late"] else part.array

@@ -125,12 +125,13 @@ def show_difference(report: DiffReport) -> None:
 def show_formats(rows: Iterable[FormatInfo]) -> None:
     """The table of formats."""
     _table(
-        ("format", "short", "bits/weight", "stored in", "exactness", "read by"),
+        ("format", "short", "bits/weight", "read/write", "stored in", "exactness", "read by"),
         [
             (
                 row.name,
                 row.short or "",
                 f"{row.bits_per_weight:.4g}",
+                _ways(row.encodes),
                 row.container,
                 f"{row.exactness} {row.peer}".strip(),
                 row.reader,
@@ -139,6 +140,11 @@ def show_formats(rows: Iterable[FormatInfo]) -> None:
         ],
         right=(2,),
     )
+
+
+def _ways(encodes: str) -> str:
+    """What is done with a format, in a word."""
+    return {"always": "both", "never": "read"}.get(encodes, f"both, {encodes}")
 
 
 def show_demo(demo: Demo) -> None:

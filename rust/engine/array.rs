@@ -180,6 +180,71 @@ pub fn decode_array(
     })
 }
 
+/// As [`decode_array`], for rows of `columns` weights that lie anywhere: `data` holds the blocks of
+/// each row, `out` its weights.
+pub fn decode_rows(
+    format: &dyn Format,
+    columns: u64,
+    data: Vec<&[u8]>,
+    dtype: Dtype,
+    out: Vec<&mut [u8]>,
+    threads: Option<usize>,
+) -> Result<()> {
+    if !dtype.is_float() {
+        return Err(Error::config(format!("cannot decode to {dtype}")));
+    }
+    let layout = format.layout(&[columns], &formats::Params::default())?;
+    let [component] = layout.components.as_slice() else {
+        return Err(Error::unsupported(format!(
+            "{}: is stored as several arrays, not as rows",
+            format.info().name
+        )));
+    };
+    if data.len() != out.len() {
+        return Err(Error::format(format!(
+            "{} rows of blocks for {} rows of weights",
+            data.len(),
+            out.len()
+        )));
+    }
+    let (row_bytes, out_bytes) = (layout.component_bytes(0)?, dtype.byte_len(&[columns])?);
+    let mut rows: Vec<(&[u8], &mut [u8])> = data.into_iter().zip(out).collect();
+    for (packed, weights) in &rows {
+        check_length("row of blocks", row_bytes, packed.len())?;
+        check_length("row of weights", out_bytes, weights.len())?;
+    }
+    let weight_bytes = dtype.alignment();
+    let all = shape::multiply(columns, rows.len() as u64, "number of weights")?;
+    let each = rows
+        .len()
+        .div_ceil(shape::to_usize(worthwhile(all, threads))?)
+        .max(1);
+    in_threads(rows.chunks_mut(each).collect(), |rows| {
+        let mut scratch = Vec::new();
+        for (packed, weights) in rows {
+            for tile in tiles(&layout, 0..columns) {
+                let decoded = scratch_of(&mut scratch, &tile)?;
+                let mut parts: formats::Parts<'_> = Default::default();
+                let range = component.span.range(tile.start, tile.end - tile.start);
+                parts[0] = get(packed, range)?;
+                match dtype {
+                    Dtype::F16 | Dtype::BF16 => {
+                        format.decode_to_odd(&layout, tile.start, &parts, decoded)?;
+                    }
+                    _ => format.decode(&layout, tile.start, &parts, decoded)?,
+                }
+                let (start, end) = (tile.start * weight_bytes, tile.end * weight_bytes);
+                let place = shape::to_usize(start)?..shape::to_usize(end)?;
+                match weights.get_mut(place) {
+                    Some(weights) => float::narrow(dtype, decoded, weights)?,
+                    None => return Err(Error::Internal(String::from("a row is too short"))),
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
 /// The weights to encode.
 struct Source<'a> {
     format: &'a dyn Format,
@@ -212,17 +277,20 @@ impl Source<'_> {
 
 /// One run of whole units per thread, in order, none of them empty.
 fn cut(layout: &Layout, threads: Option<usize>) -> Vec<Range<u64>> {
-    let processors = || std::thread::available_parallelism().map_or(1, |count| count.get());
-    let threads = threads.unwrap_or_else(processors).max(1) as u64;
-    let threads = threads
-        .min(layout.weights / LEAST_WEIGHTS_PER_THREAD)
-        .max(1);
+    let threads = worthwhile(layout.weights, threads);
     pieces(
         0..layout.weights,
         layout.weights.div_ceil(threads),
         layout.unit_weights,
     )
     .collect()
+}
+
+/// As many of `threads` as `weights` weights keep busy.
+fn worthwhile(weights: u64, threads: Option<usize>) -> u64 {
+    let processors = || std::thread::available_parallelism().map_or(1, |count| count.get());
+    let threads = threads.unwrap_or_else(processors).max(1) as u64;
+    threads.min(weights / LEAST_WEIGHTS_PER_THREAD).max(1)
 }
 
 /// The tiles of `run`.

@@ -95,7 +95,13 @@ impl Checkpoint {
     /// Opens a `.safetensors`, an `*.index.json` with its shards, or a `.gguf` with its splits, and
     /// checks every header. Reads no weights.
     pub fn open(path: &Path) -> Result<Self> {
-        let resolved = index::resolve(path)?;
+        Self::open_with(path, false)
+    }
+
+    /// As [`Checkpoint::open`]; with `lenient`, what careless writers leave behind is told as a
+    /// warning where it can be read all the same.
+    pub fn open_with(path: &Path, lenient: bool) -> Result<Self> {
+        let resolved = index::resolve_with(path, lenient)?;
         let files: Vec<OpenFile> = resolved
             .files
             .into_iter()

@@ -10,7 +10,9 @@
 //! | `slab` | decode, encode and measure a slab while it is in cache |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
 //! | [`array`] | encode and decode an array in memory |
+//! | [`writer`] | a file made from arrays in memory |
 //! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
+//! | [`verify`] | look through every block for scales that cannot be meant |
 
 pub mod array;
 mod assign;
@@ -35,7 +37,9 @@ pub mod report;
 pub mod request;
 pub mod run;
 mod slab;
+pub mod verify;
 mod workspace;
+pub mod writer;
 
 pub use checkpoint::Checkpoint;
 pub use plan::Plan;

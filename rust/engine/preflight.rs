@@ -10,15 +10,14 @@ use super::plan::Plan;
 use super::request::Kind;
 use super::workspace;
 
-/// Refuses a destination that exists, is of another kind, or holds the source.
-pub fn check_destination(plan: &Plan, overwrite: bool) -> Result<()> {
-    let destination = plan.destination.as_path();
+/// Refuses a destination that exists, or is of another kind.
+pub fn check_place(destination: &Path, kind: Kind, overwrite: bool) -> Result<()> {
     let Ok(metadata) = std::fs::symlink_metadata(destination) else {
         return Ok(());
     };
     let empty_folder = metadata.is_dir()
         && std::fs::read_dir(destination).is_ok_and(|mut entries| entries.next().is_none());
-    let same_kind = metadata.is_dir() == (plan.kind == Kind::Folder);
+    let same_kind = metadata.is_dir() == (kind == Kind::Folder);
     if !same_kind {
         return Err(
             Error::config("the destination is of another kind (folder or file)").file(destination),
@@ -29,6 +28,13 @@ pub fn check_destination(plan: &Plan, overwrite: bool) -> Result<()> {
             .file(destination)
             .hint("choose another one, or replace it with --overwrite"));
     }
+    Ok(())
+}
+
+/// As [`check_place`]; also refuses a destination that holds the source.
+pub fn check_destination(plan: &Plan, overwrite: bool) -> Result<()> {
+    let destination = plan.destination.as_path();
+    check_place(destination, plan.kind, overwrite)?;
     if plan
         .checkpoints
         .iter()

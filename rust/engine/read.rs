@@ -82,18 +82,27 @@ fn undecodable(tensor: &Tensor) -> Error {
     Error::unsupported(format!("{} values cannot be decoded", tensor.dtype)).tensor(&tensor.name)
 }
 
-/// Decodes the whole tensor into `out`, rounded once to `dtype`; stored integers are copied when
-/// `dtype` is their own type. `out` is little-endian and has exactly the tensor's size.
+/// Decodes weights `range` of a tensor into `out`, rounded once to `dtype`; stored integers are
+/// copied when `dtype` is their own type. `range` begins at a whole unit of the stored format (a row
+/// always does), `out` is little-endian and has exactly the weights' size.
 pub fn read(
     checkpoint: &Checkpoint,
     name: &str,
     dtype: Dtype,
+    range: Option<Range<u64>>,
     out: &mut [u8],
     threads: usize,
     tick: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
     let tensor = checkpoint.tensor(name)?;
-    let expected = dtype.byte_len(&tensor.shape)?;
+    let all = shape::count_weights(&tensor.shape)?;
+    let wanted = range.unwrap_or(0..all);
+    if wanted.start > wanted.end || wanted.end > all {
+        return Err(
+            Error::config(format!("weights {wanted:?} of a tensor of {all} weights")).tensor(name),
+        );
+    }
+    let expected = dtype.byte_len(&[wanted.end - wanted.start])?;
     if out.len() as u64 != expected {
         return Err(Error::config(format!(
             "output has {} bytes, the tensor needs {expected}",
@@ -103,7 +112,8 @@ pub fn read(
     }
     let stored = tensor.main()?;
     if tensor.parts.len() == 1 && stored.entry.dtype == dtype {
-        return checkpoint.read(stored, 0, out);
+        let start = dtype.byte_len(&[wanted.start])?;
+        return checkpoint.read(stored, start, out);
     }
     let packed = tensor.as_packed().ok_or_else(|| undecodable(tensor))?;
     if !dtype.is_float() || dtype == Dtype::F64 {
@@ -113,8 +123,17 @@ pub fn read(
         ))
         .tensor(name));
     }
-    let weights = packed.layout.weights;
-    let cut = Cut::new(&[packed.layout.unit_weights], weights, SLAB_WEIGHTS);
+    let unit = packed.layout.unit_weights;
+    if !wanted.start.is_multiple_of(unit) {
+        return Err(Error::unsupported(format!(
+            "{} is read from a multiple of {unit} weights on, not from weight {}",
+            packed.format.info().name,
+            wanted.start
+        ))
+        .tensor(name));
+    }
+    let weights = wanted.end - wanted.start;
+    let cut = Cut::new(&[unit], weights, SLAB_WEIGHTS);
     let slab_bytes = shape::to_usize(shape::multiply(cut.slab, dtype.alignment(), "slab size")?)?;
     let chunks = Mutex::new(out.chunks_mut(slab_bytes.max(1)).enumerate());
     pool::run(
@@ -127,6 +146,7 @@ pub fn read(
                 return Ok(());
             };
             let range = cut.slab_range(slab as u64, weights);
+            let range = wanted.start + range.start..wanted.start + range.end;
             reader.fill(checkpoint, tensor, &range)?;
             let mut rest = chunk;
             for tile in slab::tiles(&range, cut.tile) {

@@ -37,6 +37,7 @@ pub mod iq_grids;
 #[doc(hidden)]
 pub mod mx;
 mod plain;
+mod validity;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -47,6 +48,7 @@ use crate::{kernels, shape};
 
 pub use blocks::{Block, Weighing};
 pub use bnb4_state::{read_quant_state, QuantState};
+pub use validity::first_invalid;
 
 pub use crate::kernels::ErrorSums;
 

@@ -61,15 +61,21 @@ pub fn is_index(path: &Path) -> bool {
     name.ends_with(".json") && name.contains(".safetensors.index.")
 }
 
-/// Opens all files of a checkpoint and checks every header. `path`: a `.safetensors`, an index
-/// beside its shards, or a `.gguf` (any part of a split one). Reads no weights.
+/// As [`resolve_with`], nothing but the rules.
 pub fn resolve(path: &Path) -> Result<Resolved> {
+    resolve_with(path, false)
+}
+
+/// Opens all files of a checkpoint and checks every header. `path`: a `.safetensors`, an index
+/// beside its shards, or a `.gguf` (any part of a split one). Reads no weights. With `lenient`,
+/// what careless writers of GGUF files leave behind is a warning.
+pub fn resolve_with(path: &Path, lenient: bool) -> Result<Resolved> {
     if is_index(path) {
         return resolve_index(path);
     }
     match Container::from_path(path)? {
         Container::Gguf => {
-            let (files, warnings) = split::open_parts(path)?;
+            let (files, warnings) = split::open_parts(path, lenient)?;
             Ok(Resolved {
                 files,
                 index_metadata: Map::new(),
@@ -77,7 +83,7 @@ pub fn resolve(path: &Path) -> Result<Resolved> {
             })
         }
         container @ Container::Safetensors => {
-            let (source, header) = open_file(container, path)?;
+            let (source, header) = open_file(container, path, false)?;
             let mut warnings = Vec::new();
             if let Some((_, number, count)) = shard_number(path, ".safetensors") {
                 warnings.push(format!(
@@ -94,9 +100,16 @@ pub fn resolve(path: &Path) -> Result<Resolved> {
 }
 
 /// Opens one file and checks its header.
-pub(super) fn open_file(container: Container, path: &Path) -> Result<(Arc<FileSource>, Header)> {
+pub(super) fn open_file(
+    container: Container,
+    path: &Path,
+    lenient: bool,
+) -> Result<(Arc<FileSource>, Header)> {
     let source = FileSource::open(path)?;
-    let header = container.read_header(&source)?;
+    let header = match lenient {
+        true => container.read_header_leniently(&source)?,
+        false => container.read_header(&source)?,
+    };
     Ok((Arc::new(source), header))
 }
 
@@ -107,12 +120,13 @@ fn resolve_index(path: &Path) -> Result<Resolved> {
     let mut files = Vec::with_capacity(names.len());
     for name in &names {
         let shard = folder.join(name);
-        let opened = open_file(Container::Safetensors, &shard).map_err(|error| match error {
-            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                Error::checkpoint("a shard that the index names is missing").file(&shard)
-            }
-            other => other,
-        })?;
+        let opened =
+            open_file(Container::Safetensors, &shard, false).map_err(|error| match error {
+                Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                    Error::checkpoint("a shard that the index names is missing").file(&shard)
+                }
+                other => other,
+            })?;
         files.push(opened);
     }
     let headers: Vec<(&str, &Header)> = names

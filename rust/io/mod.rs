@@ -193,6 +193,16 @@ impl Container {
         (self.row().read)(source).map_err(|error| error.file(source.path()))
     }
 
+    /// As [`Container::read_header`], for files of careless writers, where the container has such.
+    pub fn read_header_leniently(self, source: &dyn Source) -> Result<Header> {
+        match self {
+            Container::Gguf => {
+                gguf::read_header_leniently(source).map_err(|error| error.file(source.path()))
+            }
+            Container::Safetensors => self.read_header(source),
+        }
+    }
+
     /// Plans a file that holds `entries`. Entries are placed in the order the container prefers;
     /// offsets come back in the order given.
     pub fn lay_out(self, entries: Vec<NewEntry>, metadata: NewMetadata) -> Result<FileLayout> {

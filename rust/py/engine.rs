@@ -10,8 +10,9 @@ use pyo3::prelude::*;
 use serde_json::json;
 
 use super::errors::guarded;
+use super::metadata;
 use crate::dtype::Dtype;
-use crate::engine::{self, compare, plan, read, report, Progress, Request, RunChoices};
+use crate::engine::{self, compare, plan, read, report, verify, Progress, Request, RunChoices};
 use crate::error::{Error, Result};
 use crate::io::{gguf, Metadata, Source};
 
@@ -90,8 +91,9 @@ pub struct Checkpoint(Arc<engine::Checkpoint>);
 #[pymethods]
 impl Checkpoint {
     #[staticmethod]
-    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        guarded(py, || engine::Checkpoint::open(&path))
+    #[pyo3(signature = (path, lenient=false))]
+    fn open(py: Python<'_>, path: PathBuf, lenient: bool) -> PyResult<Self> {
+        guarded(py, || engine::Checkpoint::open_with(&path, lenient))
             .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
     }
 
@@ -107,7 +109,7 @@ impl Checkpoint {
     }
 
     fn metadata(&self, py: Python<'_>) -> PyResult<String> {
-        let value = guarded(py, || metadata(&self.0))?;
+        let value = guarded(py, || shown_metadata(&self.0))?;
         to_json(&value)
     }
 
@@ -129,7 +131,34 @@ impl Checkpoint {
         }
     }
 
-    #[pyo3(signature = (name, out, dtype, threads))]
+    fn metadata_fields(&self) -> Vec<(String, String, Option<u64>)> {
+        metadata::fields(&self.0)
+    }
+
+    fn metadata_item(&self, py: Python<'_>, key: &str) -> PyResult<Py<PyAny>> {
+        metadata::item(py, &self.0, key)
+    }
+
+    #[pyo3(signature = (threads, on_progress))]
+    fn verify(
+        &self,
+        py: Python<'_>,
+        threads: Option<usize>,
+        on_progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<(String, u64, &'static str)>> {
+        let mut watch = Watch::new(on_progress.as_ref());
+        let outcome = guarded(py, || {
+            let mut tick = |progress: &Progress| watch.tick(progress);
+            verify::verify(&self.0, threads_or_all(threads), &mut tick)
+        });
+        let problems = watch.settle(outcome)?;
+        let rows = problems.into_iter();
+        Ok(rows
+            .map(|problem| (problem.tensor, problem.block, problem.fault))
+            .collect())
+    }
+
+    #[pyo3(signature = (name, out, dtype, threads, rows=None))]
     fn read(
         &self,
         py: Python<'_>,
@@ -137,6 +166,7 @@ impl Checkpoint {
         mut out: PyReadwriteArray1<'_, u8>,
         dtype: &str,
         threads: Option<usize>,
+        rows: Option<(u64, u64)>,
     ) -> PyResult<()> {
         let out = out.as_slice_mut()?;
         let dtype = Dtype::from_name(dtype)
@@ -144,10 +174,14 @@ impl Checkpoint {
         let mut watch = Watch::new(None);
         let outcome = guarded(py, || {
             let mut tick = || watch.tick(&Progress::default());
+            let range = rows
+                .map(|rows| weights_of(&self.0, name, rows))
+                .transpose()?;
             read::read(
                 &self.0,
                 name,
                 dtype,
+                range,
                 out,
                 threads_or_all(threads),
                 &mut tick,
@@ -155,6 +189,24 @@ impl Checkpoint {
         });
         watch.settle(outcome)
     }
+}
+
+impl Checkpoint {
+    /// The checkpoint itself.
+    pub fn inner(&self) -> Arc<engine::Checkpoint> {
+        Arc::clone(&self.0)
+    }
+}
+
+/// The weights of the rows from the first of `rows` up to the second.
+fn weights_of(
+    checkpoint: &engine::Checkpoint,
+    name: &str,
+    rows: (u64, u64),
+) -> Result<std::ops::Range<u64>> {
+    let length = crate::shape::row_weights(&checkpoint.tensor(name)?.shape);
+    let at = |row| crate::shape::multiply(row, length, "first weight of a row");
+    Ok(at(rows.0)?..at(rows.1)?)
 }
 
 fn describe(checkpoint: &engine::Checkpoint) -> serde_json::Value {
@@ -168,7 +220,7 @@ fn describe(checkpoint: &engine::Checkpoint) -> serde_json::Value {
     let tensors = checkpoint.tensors.iter().map(|tensor| {
         let parts = tensor.stored().map(|part| {
             let entry = &part.entry;
-            json!({"name": entry.name, "dtype": entry.dtype.name(), "shape": entry.shape, "bytes": entry.bytes})
+            json!({"name": entry.name, "dtype": entry.dtype.name(), "shape": entry.shape, "bytes": entry.bytes, "offset": entry.offset})
         });
         json!({
             "name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype.name(),
@@ -188,7 +240,7 @@ fn describe(checkpoint: &engine::Checkpoint) -> serde_json::Value {
     })
 }
 
-fn metadata(checkpoint: &engine::Checkpoint) -> Result<serde_json::Value> {
+fn shown_metadata(checkpoint: &engine::Checkpoint) -> Result<serde_json::Value> {
     let Some(file) = checkpoint.files.first() else {
         return Ok(json!({}));
     };

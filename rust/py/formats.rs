@@ -1,6 +1,6 @@
 //! Formats on arrays: `formats`, `layout`, `encode`, `decode`, `pack_int4`, `unpack_int4`.
 
-use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2};
 use pyo3::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use crate::bits::{self, NibbleOrder};
 use crate::dtype::Dtype;
 use crate::engine::array::{self, Options};
 use crate::error::{Error, Result};
-use crate::formats::{self, Encodes, Exactness, Importance, Layout, Params, Span};
+use crate::formats::{self, Encodes, Exactness, Format, Importance, Layout, Params, Span};
 
 /// Adds this module's functions to `_rust`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -17,6 +17,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(layout, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;
     module.add_function(wrap_pyfunction!(decode, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(types, module)?)?;
     module.add_function(wrap_pyfunction!(pack_int4, module)?)?;
     module.add_function(wrap_pyfunction!(unpack_int4, module)?)
 }
@@ -69,8 +71,14 @@ impl Choices {
     }
 }
 
-fn dtype_of(name: &str) -> Result<Dtype> {
+pub(super) fn dtype_of(name: &str) -> Result<Dtype> {
     Dtype::from_name(name).ok_or_else(|| Error::config(format!("unknown dtype \"{name}\"")))
+}
+
+/// The format called `name`; also one that is read and never written, by the name of its type.
+fn readable(name: &str) -> Result<&'static dyn Format> {
+    let by_type = || formats::for_dtype(Dtype::from_name(&name.to_uppercase())?);
+    formats::find(name).or_else(|error| by_type().ok_or(error))
 }
 
 fn json(value: &impl Serialize) -> Result<String> {
@@ -95,11 +103,7 @@ fn list_formats(py: Python<'_>) -> PyResult<String> {
                     peer: info.peer,
                     reader: info.reader,
                     bits_per_weight: info.bits_per_weight,
-                    encodes: match info.encodes {
-                        Encodes::Always => "always",
-                        Encodes::WithImportance => "with importance",
-                        Encodes::Never => "never",
-                    },
+                    encodes: encodes(info.encodes),
                 }
             })
             .collect();
@@ -195,7 +199,7 @@ fn decode(
     let out = out.as_slice_mut()?;
     guarded(py, || {
         let (params, keep_nonfinite) = Choices::parse(params)?;
-        let format = formats::find(format)?;
+        let format = readable(format)?;
         let layout = format.layout(&shape, &params)?;
         let options = Options {
             threads,
@@ -203,6 +207,76 @@ fn decode(
         };
         array::decode_array(format, &layout, &parts, dtype_of(dtype)?, out, options)
     })
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn decode_rows(
+    py: Python<'_>,
+    format: &str,
+    columns: u64,
+    data: PyReadonlyArray2<'_, u8>,
+    mut out: PyReadwriteArray2<'_, u8>,
+    dtype: &str,
+    threads: Option<usize>,
+) -> PyResult<()> {
+    let torn = || Error::config("the bytes of a row do not follow each other");
+    let data = data.as_array();
+    let mut out = out.as_array_mut();
+    let packed = data
+        .outer_iter()
+        .map(|row| row.to_slice().ok_or_else(torn))
+        .collect::<Result<Vec<&[u8]>>>()?;
+    let weights = out
+        .outer_iter_mut()
+        .map(|row| row.into_slice().ok_or_else(torn))
+        .collect::<Result<Vec<&mut [u8]>>>()?;
+    guarded(py, || {
+        let dtype = dtype_of(dtype)?;
+        let format = readable(format)?;
+        array::decode_rows(format, columns, packed, dtype, weights, threads)
+    })
+}
+
+#[derive(Serialize)]
+struct TypeRow {
+    id: u32,
+    name: String,
+    block_weights: u64,
+    block_bytes: u64,
+    format: Option<&'static str>,
+    encodes: &'static str,
+}
+
+#[pyfunction]
+fn types(py: Python<'_>) -> PyResult<String> {
+    guarded(py, || {
+        let rows: Vec<TypeRow> = Dtype::all()
+            .filter_map(|dtype| {
+                let (block_weights, block_bytes) = dtype.block()?;
+                let format = formats::for_dtype(dtype).map(|format| format.info());
+                Some(TypeRow {
+                    id: dtype.ggml_id()?,
+                    name: dtype.name(),
+                    block_weights,
+                    block_bytes,
+                    format: format.map(|info| info.name),
+                    encodes: format
+                        .and_then(|info| formats::find(info.name).ok())
+                        .map_or("never", |format| encodes(format.info().encodes)),
+                })
+            })
+            .collect();
+        json(&rows)
+    })
+}
+
+fn encodes(encodes: Encodes) -> &'static str {
+    match encodes {
+        Encodes::Always => "always",
+        Encodes::WithImportance => "with importance",
+        Encodes::Never => "never",
+    }
 }
 
 #[pyfunction]

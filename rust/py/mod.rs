@@ -3,6 +3,8 @@
 mod engine;
 mod errors;
 mod formats;
+mod metadata;
+mod writer;
 
 use pyo3::prelude::*;
 
@@ -12,6 +14,7 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<engine::Checkpoint>()?;
     module.add_class::<engine::Plan>()?;
+    module.add_class::<writer::Writer>()?;
     module.add_function(wrap_pyfunction!(engine::diff, module)?)?;
     formats::register(module)
 }

@@ -132,9 +132,15 @@ fn what_was_packed_decodes_to_about_the_source() {
         .unwrap();
         let packed = Checkpoint::open(&destination.join("model.safetensors")).unwrap();
         let mut bytes = vec![0; expected.len() * 4];
-        read::read(&packed, "a.weight", Dtype::F32, &mut bytes, 2, &mut || {
-            Ok(())
-        })
+        read::read(
+            &packed,
+            "a.weight",
+            Dtype::F32,
+            None,
+            &mut bytes,
+            2,
+            &mut || Ok(()),
+        )
         .unwrap();
         let decoded = bytes
             .chunks_exact(4)

@@ -66,7 +66,14 @@ impl Metadata {
         let mut fields: Vec<Field> = Vec::new();
         let mut text_bytes_left = MOST_KEPT_TEXTS;
         for _ in 0..count {
-            let key = scan.name("metadata key")?;
+            let key = if scan.lenient {
+                scan.text("metadata key")?
+            } else {
+                scan.name("metadata key")?
+            };
+            if key.is_empty() {
+                warn(String::from("a metadata key is empty"));
+            }
             let field = scan_value(scan, &key, &mut text_bytes_left, warn)
                 .map_err(|error| about(error, &key))?;
             fields

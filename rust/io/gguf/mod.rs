@@ -36,7 +36,7 @@ mod value;
 mod write;
 
 pub use metadata::{Field, Metadata};
-pub use read::read_header;
+pub use read::{read_header, read_header_leniently};
 pub use value::{Array, Kind, Value};
 pub use write::{header, lay_out};
 
@@ -228,6 +228,36 @@ mod tests {
             .collect();
         let again = lay_out(layout().entries().to_vec(), NewMetadata::Gguf(carried)).unwrap();
         assert_eq!(file(&again), bytes);
+    }
+
+    #[test]
+    fn careless_files_are_read_on_request() {
+        let mut bytes = file(&layout());
+        let key = bytes.windows(2).position(|pair| pair == b"u8").unwrap();
+        // The key loses its letters; a filler takes their place before the next key's length.
+        bytes.drain(key..key + 2);
+        bytes[key - 8] = 0;
+        let before = layout().offsets[0] as usize - 2;
+        bytes.splice(before..before, [0; 2]);
+        assert!(read(&bytes).is_err());
+        let header = read_header_leniently(&source(&bytes)).unwrap();
+        assert_eq!(header.warnings, ["a metadata key is empty"]);
+        let found = pairs(&header);
+        assert_eq!(found.get_u64(""), Some(255));
+
+        let mut bytes = file(&layout());
+        let name = bytes
+            .windows(1 + 4)
+            .rposition(|part| part == b"a\x03\0\0\0");
+        let place = name.unwrap() + 1 + 4 + 3 * 8 + 4;
+        assert_eq!(bytes[place], 64);
+        bytes[place] = 72;
+        assert!(read(&bytes).is_err());
+        let header = read_header_leniently(&source(&bytes)).unwrap();
+        assert!(header.warnings[0].contains("not a multiple of the alignment"));
+        // Never overlapping.
+        bytes[place] = 40;
+        assert!(read_header_leniently(&source(&bytes)).is_err());
     }
 
     #[test]

@@ -17,8 +17,19 @@ const LEAST_TENSOR_BYTES: u64 = 24;
 
 /// Reads and checks a header. Entries come in the order of their data.
 pub fn read_header(source: &dyn Source) -> Result<Header> {
+    read(source, false)
+}
+
+/// As [`read_header`], for files of careless writers: an empty key and data that is not aligned are
+/// warnings. What would be read wrongly is refused all the same.
+pub fn read_header_leniently(source: &dyn Source) -> Result<Header> {
+    read(source, true)
+}
+
+fn read(source: &dyn Source, lenient: bool) -> Result<Header> {
     let mut warnings = Warnings::default();
     let (mut scan, version) = open(source)?;
+    scan.lenient = lenient;
     let tensor_count = scan.u64("tensor count")?;
     let pair_count = scan.u64("metadata count")?;
     let mut metadata = Metadata::scan(&mut scan, version, pair_count, &mut |text| {
@@ -160,7 +171,7 @@ fn scan_tensors(
             });
         }
         let place = scan.position();
-        let entry = scan_tensor(scan, &name, alignment)
+        let entry = scan_tensor(scan, &name, alignment, warnings)
             .map_err(|error| as_checkpoint(error).tensor(&name).at(place))?;
         entries
             .try_reserve(1)
@@ -170,7 +181,12 @@ fn scan_tensors(
     Ok(entries)
 }
 
-fn scan_tensor(scan: &mut Scan<'_>, name: &str, alignment: u64) -> Result<Entry> {
+fn scan_tensor(
+    scan: &mut Scan<'_>,
+    name: &str,
+    alignment: u64,
+    warnings: &mut Warnings,
+) -> Result<Entry> {
     let dimensions = scan.u32("dimension count")?;
     if dimensions as usize > MOST_DIMENSIONS {
         return Err(Error::checkpoint(format!(
@@ -186,9 +202,11 @@ fn scan_tensor(scan: &mut Scan<'_>, name: &str, alignment: u64) -> Result<Entry>
     let dtype = Dtype::from_ggml(scan.u32("tensor type")?);
     let offset = scan.u64("data offset")?;
     if !offset.is_multiple_of(alignment) {
-        return Err(Error::checkpoint(format!(
-            "data offset {offset} is not a multiple of the alignment {alignment}"
-        )));
+        let text = format!("data offset {offset} is not a multiple of the alignment {alignment}");
+        if !scan.lenient {
+            return Err(Error::checkpoint(text));
+        }
+        warnings.add(|| format!("tensor \"{name}\": {text}"));
     }
     let bytes = match dtype {
         Dtype::Unknown(_) => {

@@ -17,6 +17,8 @@ pub(super) struct Scan<'a> {
     end: u64,
     /// Whether numbers are stored most significant byte first.
     pub big_endian: bool,
+    /// Whether an empty key is a key.
+    pub lenient: bool,
 }
 
 impl<'a> Scan<'a> {
@@ -29,6 +31,7 @@ impl<'a> Scan<'a> {
             position,
             end: end.min(source.len()),
             big_endian,
+            lenient: false,
         }
     }
 

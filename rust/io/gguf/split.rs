@@ -21,9 +21,9 @@ const MOST_PARTS: u64 = 65_535;
 type Part = (Arc<FileSource>, Header);
 
 /// Opens all parts of the model that `path` is one part of, first part first, and checks that they
-/// belong together; gives warnings as well. A file that is not a part of a split model comes alone.
-pub fn open_parts(path: &Path) -> Result<(Vec<Part>, Vec<String>)> {
-    let given = open_file(Container::Gguf, path)?;
+/// belong together; gives warnings as well. `lenient` as for [`super::read_header_leniently`]. A file that is not a part of a split model comes alone.
+pub fn open_parts(path: &Path, lenient: bool) -> Result<(Vec<Part>, Vec<String>)> {
+    let given = open_file(Container::Gguf, path, lenient)?;
     let told = pairs(&given.1)
         .and_then(|pairs| pairs.get_u64("split.count"))
         .unwrap_or(1);
@@ -62,7 +62,8 @@ pub fn open_parts(path: &Path) -> Result<(Vec<Part>, Vec<String>)> {
             Some(given) => given,
             None => {
                 let (position, count) = (position as usize, count as usize);
-                open_other(&folder.join(shard_name(stem, Container::Gguf, position, count)))?
+                let name = shard_name(stem, Container::Gguf, position, count);
+                open_other(&folder.join(name), lenient)?
             }
         };
         check_part(&opened, position, count)?;
@@ -72,8 +73,8 @@ pub fn open_parts(path: &Path) -> Result<(Vec<Part>, Vec<String>)> {
     Ok((parts, Vec::new()))
 }
 
-fn open_other(path: &Path) -> Result<Part> {
-    open_file(Container::Gguf, path).map_err(|error| match error {
+fn open_other(path: &Path, lenient: bool) -> Result<Part> {
+    open_file(Container::Gguf, path, lenient).map_err(|error| match error {
         Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             Error::checkpoint("a part of the split model is missing").file(path)
         }
