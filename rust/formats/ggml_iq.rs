@@ -32,7 +32,8 @@
 //! | IQ4_NL | d·level |
 //! | IQ4_XS | (d·(s − 32))·level |
 //!
-//! Encoding is a search for scales and codes: `iq4_search` for the two types with a table.
+//! Encoding is a search for scales and codes: `iq_grid_search` for IQ2 and IQ3, `iq1_search` for IQ1,
+//! `iq4_search` for IQ4.
 //!
 //! Special cases: none; every byte pattern decodes. A d that is infinite or NaN gives what the
 //! formulas give.
@@ -43,7 +44,7 @@
 use half::f16;
 
 use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks, Weighing};
-use super::{iq4_search, iq_grids};
+use super::{iq1_search, iq4_search, iq_grid_search, iq_grids};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
 use crate::kernels::Level;
@@ -118,11 +119,16 @@ impl Block for Iq2Xxs {
         "iq2_xxs",
         2.0625,
         GRID_READERS,
-        Encodes::Never,
+        Encodes::WithImportance,
     );
     const DTYPE: Dtype = Dtype::IQ2_XXS;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 66;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq2_xxs(level, weights, importance, blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -146,11 +152,16 @@ impl Block for Iq2Xs {
         "iq2_xs",
         2.3125,
         GRID_READERS,
-        Encodes::Never,
+        Encodes::WithImportance,
     );
     const DTYPE: Dtype = Dtype::IQ2_XS;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 74;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq2_xs(level, weights, importance, blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -166,10 +177,19 @@ impl Block for Iq2Xs {
 }
 
 impl Block for Iq2S {
-    const INFO: Info = info("gguf:iq2_s", "iq2_s", 2.5625, GRID_READERS, Encodes::Never);
+    const INFO: Info = info("gguf:iq2_s", "iq2_s", 2.5625, GRID_READERS, Encodes::Always);
     const DTYPE: Dtype = Dtype::IQ2_S;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 82;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq2_s(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq2_s(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -190,11 +210,20 @@ impl Block for Iq3Xxs {
         "iq3_xxs",
         3.0625,
         GRID_READERS,
-        Encodes::Never,
+        Encodes::Always,
     );
     const DTYPE: Dtype = Dtype::IQ3_XXS;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 98;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq3_xxs(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq3_xxs(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -219,10 +248,19 @@ impl Block for Iq3Xxs {
 }
 
 impl Block for Iq3S {
-    const INFO: Info = info("gguf:iq3_s", "iq3_s", 3.4375, GRID_READERS, Encodes::Never);
+    const INFO: Info = info("gguf:iq3_s", "iq3_s", 3.4375, GRID_READERS, Encodes::Always);
     const DTYPE: Dtype = Dtype::IQ3_S;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 110;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq3_s(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq_grid_search::encode_iq3_s(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -241,10 +279,21 @@ impl Block for Iq3S {
 }
 
 impl Block for Iq1S {
-    const INFO: Info = info("gguf:iq1_s", "iq1_s", 1.5625, GRID_READERS, Encodes::Never);
+    const INFO: Info = info(
+        "gguf:iq1_s",
+        "iq1_s",
+        1.5625,
+        GRID_READERS,
+        Encodes::WithImportance,
+    );
     const DTYPE: Dtype = Dtype::IQ1_S;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 50;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq1_search::encode_iq1_s(level, weights, importance, blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
@@ -260,10 +309,19 @@ impl Block for Iq1S {
 }
 
 impl Block for Iq1M {
-    const INFO: Info = info("gguf:iq1_m", "iq1_m", 1.75, GRID_READERS, Encodes::Never);
+    const INFO: Info = info("gguf:iq1_m", "iq1_m", 1.75, GRID_READERS, Encodes::Always);
     const DTYPE: Dtype = Dtype::IQ1_M;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 56;
+    const WEIGHING: Weighing = Weighing::ByBlock;
+
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        iq1_search::encode_iq1_m(level, weights, None, blocks);
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        iq1_search::encode_iq1_m(level, weights, Some(importance), blocks);
+    }
 
     fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
         for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {

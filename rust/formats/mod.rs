@@ -31,9 +31,12 @@ mod ggml_k_encode;
 pub mod ggml_search;
 #[doc(hidden)]
 pub mod ggml_ternary;
+mod iq1_search;
 mod iq4_search;
+mod iq_grid_search;
 #[doc(hidden)]
 pub mod iq_grids;
+mod iq_neighbours;
 #[doc(hidden)]
 pub mod mx;
 mod plain;

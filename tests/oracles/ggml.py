@@ -52,6 +52,12 @@ ENCODED_SIMPLY = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4")
 ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Types whose encoder searches otherwise when it is given importance."""
 
+ENCODED_ON_GRIDS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M")
+"""As those, and slow to begin with: ggml needs seconds to prepare each of them."""
+
+NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
+"""Types that are not encoded without importance."""
+
 _HALF, _SINGLE = (np.dtype("<f2"), np.dtype("<f4"))
 _LAYOUTS: dict[str, tuple[int, int, tuple[tuple[int, np.dtype[Any]], ...]]] = {
     "Q4_0": (32, 18, ((0, _HALF),)),
