@@ -163,7 +163,7 @@ def shapes(config: Mapping[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def make_model(folder: Path, name: str, *, tokenizer: bool = True, **changes: Any) -> Path:
+def make_model(folder: Path, name: str, *, with_tokenizer: bool = True, **changes: Any) -> Path:
     """Writes the model `name` of `CONFIGS` into `folder`, with `changes` to its config."""
     config = {**CONFIGS[name], **changes}
     tokens = VECTORS / config.pop("tokenizer")
@@ -177,7 +177,7 @@ def make_model(folder: Path, name: str, *, tokenizer: bool = True, **changes: An
             values += 1
         tensors[tensor] = ("BF16", shape, bf16(values.astype(np.float32)))
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    if tokenizer:
+    if with_tokenizer:
         for file in tokens.iterdir():
             shutil.copy(file, folder / file.name)
     return folder
