@@ -8,7 +8,7 @@ decides:
 - **GGUF** types and recipes pack every matrix that multiplies (two-dimensional weights, embeddings
   and output layer included, and stacks of experts); see `weightpack.gguf_rules`.
 - **Casts** (`bf16`, `f16`, `f32`) apply to every floating point tensor; packed ones are decoded,
-  integers copied.
+  integers copied. In a GGUF file of an architecture, what its readers only take as f32 is f32.
 
 Nothing is ever left out of the result.
 """
@@ -103,6 +103,10 @@ def _cast(entry: Entry, target: Target) -> Decision:
         if entry.dtype.startswith(("F8", "F6", "F4", "type")) or entry.dtype in ("C64",):
             raise no_decoder(entry)
         return keep(entry, target, "not floating point")
+    mapped = target.gguf.mapped.get(entry.name)
+    if mapped is not None and mapped.plain:
+        # Readers of an architecture take these in one type only.
+        return as_float(entry, mapped.plain, mapped.keep)
     return as_float(entry, target.format.name, "cast" if entry.is_plain else "decoded")
 
 

@@ -32,7 +32,17 @@ TEXTS = [
 ]
 SPECIAL = "two words <tool> x <|end|> y <|begin|>"
 IDS = [1, *np.random.RandomState(3).randint(4, 390, 40).tolist()]
-FILE_TYPES = {"q8_0": 7, "q4_k_m": 15, "q5_k_s": 16, "q6_k": 18, "q2_k": 10, "q3_k_l": 13}
+FILE_TYPES = {
+    "q4_0_mix": 2,
+    "q8_0_mix": 7,
+    "q2_k_mix": 10,
+    "q3_k_l": 13,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q6_k_mix": 18,
+    "iq4_xs_mix": 30,
+}
+"""Recipes, and llama.cpp's number of each."""
 
 
 @pytest.fixture(scope="module")
