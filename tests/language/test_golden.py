@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import weightpack as wp
 from weightpack import open_checkpoint
 from weightpack.language.architecture import find
-from weightpack.mapping import ArchitecturePlan, MappedTensor
+from weightpack.mapping import ArchitecturePlan
 
 from ..vectors.language.make import shortened
 from .models import CONFIGS, VECTORS, make_model
@@ -36,20 +37,6 @@ def plan(folder: Path) -> ArchitecturePlan:
         found = find(None, checkpoint.config, checkpoint.keys())
         assert found is not None
         return found.plan(list(checkpoint.values()), checkpoint.config, folder)
-
-
-def build(tensor: MappedTensor, folder: Path) -> np.ndarray:
-    """The tensor in f32, by the rules of the plan."""
-    if tensor.values is not None:
-        return np.asarray(tensor.values, np.float32)
-    (rows,) = tensor.sources
-    with open_checkpoint(folder) as checkpoint:
-        array = checkpoint.read(rows.name, "float32")
-    if rows.interleave is not None:
-        groups, parts = rows.interleave.groups, rows.interleave.parts
-        size = array.shape[0] // groups // parts
-        array = array.reshape(groups, parts, size, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-    return array if tensor.add is None else array + np.float32(tensor.add)
 
 
 def kinds(pairs: Any) -> dict[str, Any]:
@@ -76,10 +63,23 @@ def test_metadata(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tensors(tmp_path: Path, name: str) -> None:
-    folder = make_model(tmp_path / name, name)
-    found = {}
-    for tensor in plan(folder).tensors:
-        array = build(tensor, folder)
-        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        found[tensor.name] = ["F32", list(array.shape), digest]
+    target = tmp_path / "out.gguf"
+    wp.convert(make_model(tmp_path / name, name), target, to="f32")
+    with open_checkpoint(target) as checkpoint:
+        found = {
+            tensor: [entry.dtype, list(entry.shape), hashlib.sha256(checkpoint.read(tensor).tobytes()).hexdigest()]
+            for tensor, entry in checkpoint.items()
+        }
     assert found == EXPECTED[name]["tensors"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_keys_of_a_file(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "out.gguf"
+    wp.convert(make_model(tmp_path / name, name), target, to="f32")
+    with open_checkpoint(target) as checkpoint:
+        keys = set(checkpoint.metadata)
+    left_out = {"general.size_label", "general.quantization_version"}
+    if name == "gemma":
+        left_out |= {f"tokenizer.ggml.{kind}_token_id" for kind in OF_CODE_GEMMA}
+    assert keys == {*EXPECTED[name]["metadata"], "weightpack.source_dtype"} - left_out
