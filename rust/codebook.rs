@@ -215,18 +215,56 @@ pub static E2M1_DOUBLED: [f32; 16] = [
     0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
 ];
 
+/// Midpoints of the magnitudes of [`E2M1_DOUBLED`]. A magnitude takes the number of midpoints that it
+/// exceeds.
+pub static E2M1_THRESHOLDS: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
+
+/// The first E2M1 code whose doubled value times `half_scale` is nearest to `weight`; 0 for NaN.
+pub fn nearest_e2m1(weight: f32, half_scale: f32) -> u8 {
+    let error = |code: u8| (E2M1_DOUBLED[usize::from(code)] * half_scale - weight).abs();
+    (1..16).fold(0, |best, code| {
+        if error(code) < error(best) {
+            code
+        } else {
+            best
+        }
+    })
+}
+
+/// [`half_of_e8m0`] of every code.
+pub static HALVES_OF_E8M0: [f32; 256] = {
+    let mut halves = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        halves[code] = half_of_e8m0(code as u8);
+        code += 1;
+    }
+    halves
+};
+
+/// [`half_of_ue4m3`] of every code.
+pub static HALVES_OF_UE4M3: [f32; 256] = {
+    let mut halves = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        halves[code] = half_of_ue4m3(code as u8);
+        code += 1;
+    }
+    halves
+};
+
 /// Half of an E8M0 scale: 2^(code − 128). 255 is a number like the others.
-pub fn half_of_e8m0(code: u8) -> f32 {
+pub const fn half_of_e8m0(code: u8) -> f32 {
     f32::from_bits(match code {
         0 | 1 => 0x0020_0000 << code,
-        _ => (u32::from(code) - 1) << 23,
+        _ => (code as u32 - 1) << 23,
     })
 }
 
 /// Half of a UE4M3 scale: four exponent bits of bias 7, three bits of mantissa. 0x7f is 0; otherwise bit
 /// 7 is not looked at.
-pub fn half_of_ue4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (u32::from(code >> 3 & 15), u32::from(code & 7));
+pub const fn half_of_ue4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (code as u32 >> 3 & 15, code as u32 & 7);
     match (code, exponent) {
         (0x7f, _) => 0.0,
         (_, 0) => mantissa as f32 / 1024.0,

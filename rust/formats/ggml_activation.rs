@@ -14,7 +14,7 @@
 use super::blocks::{for_each_decoded, half_at, u32_at, Block, Blocks};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// 32 codes of 8 bits and their sum.
 pub struct Q8_1;
@@ -43,8 +43,9 @@ impl Block for Q8_1 {
     const WEIGHTS: usize = 32;
     const BYTES: usize = 36;
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<32, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q8_1(level, blocks, weights);
+        for_each_decoded::<32, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             put_weights(half_at(block, 0), &block[4..], weights);
         });
     }
@@ -56,8 +57,9 @@ impl Block for Q8K {
     const WEIGHTS: usize = 256;
     const BYTES: usize = 292;
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<256, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q8_k(level, blocks, weights);
+        for_each_decoded::<256, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             put_weights(f32::from_bits(u32_at(block, 0)), &block[4..], weights);
         });
     }

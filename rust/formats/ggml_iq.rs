@@ -47,7 +47,7 @@ use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks, We
 use super::{iq1_search, iq4_search, iq_grid_search, iq_grids};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// Weights per super-block.
 const WEIGHTS: usize = 256;
@@ -130,8 +130,9 @@ impl Block for Iq2Xxs {
         iq_grid_search::encode_iq2_xxs(level, weights, importance, blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq2_xxs(level, &iq_grids::IQ2_XXS_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (group, weights) in weights.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
                 let at = 2 + 8 * group;
@@ -163,8 +164,9 @@ impl Block for Iq2Xs {
         iq_grid_search::encode_iq2_xs(level, weights, importance, blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq2_xs(level, &iq_grids::IQ2_XS_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (run, weights) in runs(weights) {
                 let scale = d * (0.5 + f32::from(nibble(&block[66..], run / 2))) * 0.25;
@@ -191,8 +193,9 @@ impl Block for Iq2S {
         iq_grid_search::encode_iq2_s(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq2_s(level, &iq_grids::IQ2_S_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (run, weights) in runs(weights) {
                 let scale = d * (0.5 + f32::from(nibble(&block[74..], run / 2))) * 0.25;
@@ -225,8 +228,9 @@ impl Block for Iq3Xxs {
         iq_grid_search::encode_iq3_xxs(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq3_xxs(level, &iq_grids::IQ3_XXS_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (group, weights) in weights.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
                 let signs = u32_at(block, 66 + 4 * group);
@@ -262,8 +266,9 @@ impl Block for Iq3S {
         iq_grid_search::encode_iq3_s(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq3_s(level, &iq_grids::IQ3_S_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (run, weights) in runs(weights) {
                 let scale = d * f32::from(1 + 2 * nibble(&block[106..], run / 4));
@@ -295,8 +300,9 @@ impl Block for Iq1S {
         iq1_search::encode_iq1_s(level, weights, importance, blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq1_s(level, &iq_grids::IQ1_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (run, weights) in runs(weights) {
                 let high = u16_at(block, 34 + run / 4 * 2);
@@ -323,8 +329,9 @@ impl Block for Iq1M {
         iq1_search::encode_iq1_m(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq1_m(level, &iq_grids::IQ1_CODES, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let scales = [48, 50, 52, 54].map(|at| u16_at(block, at));
             let d = scales
                 .iter()
@@ -357,8 +364,9 @@ impl Block for Iq4Nl {
         iq4_search::encode_nl(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<GROUP, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq4_nl(level, &IQ4_LEVELS, blocks, weights);
+        for_each_decoded::<GROUP, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             put_levels(weights, half_at(block, 0), &block[2..]);
         });
     }
@@ -385,8 +393,9 @@ impl Block for Iq4Xs {
         iq4_search::encode_xs(level, weights, Some(importance), blocks);
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<WEIGHTS, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_iq4_xs(level, &IQ4_LEVELS, blocks, weights);
+        for_each_decoded::<WEIGHTS, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             let high = u16_at(block, 2);
             for (group, weights) in weights.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {

@@ -45,7 +45,7 @@ use super::blocks::{half_at, Block, Blocks, Weighing};
 use super::ggml_k_encode;
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// Weights per block.
 pub(super) const WEIGHTS: usize = 256;
@@ -83,7 +83,7 @@ const fn info(name: &'static str, short: &'static str, bytes: usize) -> Info {
 /// The [`Block`] of one type: its row, its bytes, and the bodies of its functions.
 macro_rules! block {
     ($type:ident, $dtype:ident, $name:literal, $short:literal, $bytes:literal, $encode:ident<$($size:literal),*>,
-     |$block:ident, $weights:ident| $decode:block) => {
+     $fast:ident or |$block:ident, $weights:ident| $decode:block) => {
         impl Block for $type {
             const INFO: Info = info($name, $short, $bytes);
             const DTYPE: Dtype = Dtype::$dtype;
@@ -104,15 +104,16 @@ macro_rules! block {
                 ggml_k_encode::$encode::<Self, $($size),*>(level, weights, Some(importance), blocks);
             }
 
-            fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
+            fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+                let done = kernels::$fast(level, blocks, weights);
                 let blocks = blocks.as_chunks::<$bytes>().0;
-                for ($block, $weights) in blocks.iter().zip(weights.as_chunks_mut().0) $decode
+                for ($block, $weights) in blocks.iter().zip(weights.as_chunks_mut().0).skip(done) $decode
             }
         }
     };
 }
 
-block!(Q2K, Q2_K, "gguf:q2_k", "q2_k", 84, encode_affine<16, 16, 84>, |block, weights| {
+block!(Q2K, Q2_K, "gguf:q2_k", "q2_k", 84, encode_affine<16, 16, 84>, decode_q2_k or |block, weights| {
     let (d, dmin) = (half_at(block, 80), half_at(block, 82));
     let codes = codes_of(|codes| add_pairs(&block[16..80], 0, codes));
     for (k, weights, codes) in sub_blocks::<16>(weights, &codes) {
@@ -131,7 +132,7 @@ block!(
     "q3_k",
     110,
     encode_symmetric<110>,
-    |block, weights| {
+    decode_q3_k or |block, weights| {
         let d = half_at(block, 108);
         let scales = six_bits_of_16(&block[96..108]);
         let codes = codes_of(|codes| {
@@ -147,7 +148,7 @@ block!(
     }
 );
 
-block!(Q4K, Q4_K, "gguf:q4_k", "q4_k", 144, encode_affine<8, 32, 144>, |block, weights| {
+block!(Q4K, Q4_K, "gguf:q4_k", "q4_k", 144, encode_affine<8, 32, 144>, decode_q4_k or |block, weights| {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (scales, mins) = six_bits_of_8(&block[4..16]);
     let codes = codes_of(|codes| add_nibbles::<64>(&block[16..], codes));
@@ -159,7 +160,7 @@ block!(Q4K, Q4_K, "gguf:q4_k", "q4_k", 144, encode_affine<8, 32, 144>, |block, w
     }
 });
 
-block!(Q5K, Q5_K, "gguf:q5_k", "q5_k", 176, encode_affine<8, 32, 176>, |block, weights| {
+block!(Q5K, Q5_K, "gguf:q5_k", "q5_k", 176, encode_affine<8, 32, 176>, decode_q5_k or |block, weights| {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let (scales, mins) = six_bits_of_8(&block[4..16]);
     let codes = codes_of(|codes| {
@@ -181,7 +182,7 @@ block!(
     "q6_k",
     210,
     encode_symmetric<210>,
-    |block, weights| {
+    decode_q6_k or |block, weights| {
         let d = half_at(block, 208);
         let codes = codes_of(|codes| {
             add_nibbles::<128>(&block[..128], codes);

@@ -34,7 +34,7 @@
 use super::blocks::{for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// Weights per block of the TQ types.
 const SUPER: usize = 256;
@@ -77,8 +77,9 @@ impl Block for Tq1_0 {
     const WEIGHTS: usize = SUPER;
     const BYTES: usize = 54;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<SUPER, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_tq1_0(level, weights, blocks);
+        for_each_encoded::<SUPER, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = largest_magnitude(weights);
             put_half(block, 52, d);
             let codes = codes(weights, d);
@@ -95,8 +96,9 @@ impl Block for Tq1_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<SUPER, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_tq1_0(level, blocks, weights);
+        for_each_decoded::<SUPER, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 52);
             for (first, bytes, step) in TRITS {
                 for (m, byte) in block[bytes].iter().enumerate() {
@@ -122,8 +124,9 @@ impl Block for Tq2_0 {
     const WEIGHTS: usize = SUPER;
     const BYTES: usize = 66;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<SUPER, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_tq2_0(level, weights, blocks);
+        for_each_encoded::<SUPER, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = largest_magnitude(weights);
             put_half(block, 64, d);
             let codes = codes(weights, d);
@@ -134,8 +137,9 @@ impl Block for Tq2_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<SUPER, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_tq2_0(level, blocks, weights);
+        for_each_decoded::<SUPER, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 64);
             for (i, weight) in weights.iter_mut().enumerate() {
                 let code = block[i / 128 * 32 + i % 32] >> (2 * (i / 32 % 4)) & 3;
@@ -151,8 +155,9 @@ impl Block for Q1_0 {
     const WEIGHTS: usize = 128;
     const BYTES: usize = 18;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<128, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q1_0(level, weights, blocks);
+        for_each_encoded::<128, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let sum = weights.iter().fold(0.0, |sum, weight| sum + weight.abs());
             let d: f32 = sum / 128.0;
             // A NaN without its payload, which depends on the processor.
@@ -163,8 +168,9 @@ impl Block for Q1_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<128, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q1_0(level, blocks, weights);
+        for_each_decoded::<128, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (i, weight) in weights.iter_mut().enumerate() {
                 let is_set = block[2 + i / 8] >> (i % 8) & 1 == 1;
@@ -180,8 +186,9 @@ impl Block for Q2_0 {
     const WEIGHTS: usize = 64;
     const BYTES: usize = 18;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<64, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_q2_0(level, weights, blocks);
+        for_each_encoded::<64, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let d = largest_magnitude(weights);
             put_half(block, 0, d);
             let codes = codes(weights, d);
@@ -191,8 +198,9 @@ impl Block for Q2_0 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<64, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_q2_0(level, blocks, weights);
+        for_each_decoded::<64, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let d = half_at(block, 0);
             for (i, weight) in weights.iter_mut().enumerate() {
                 let code = block[2 + i / 4] >> (2 * (i % 4)) & 3;

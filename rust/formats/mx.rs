@@ -34,9 +34,12 @@
 
 use super::blocks::{for_each_decoded, for_each_encoded, Block, Blocks};
 use super::{Encodes, Exactness, Info};
-use crate::codebook::{floor_log2, half_of_e8m0, half_of_ue4m3, to_ue4m3, E2M1_DOUBLED};
+use crate::codebook::{
+    floor_log2, half_of_e8m0, half_of_ue4m3, nearest_e2m1, to_ue4m3, E2M1_DOUBLED, HALVES_OF_E8M0,
+    HALVES_OF_UE4M3,
+};
 use crate::dtype::Dtype;
-use crate::kernels::Level;
+use crate::kernels::{self, Level};
 
 /// Blocks of 32 with a power of two.
 pub struct MxFp4;
@@ -66,8 +69,9 @@ impl Block for MxFp4 {
     const WEIGHTS: usize = 32;
     const BYTES: usize = 17;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<32, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_mxfp4(level, weights, blocks);
+        for_each_encoded::<32, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let most = largest_magnitude(weights);
             block[0] = if most > 0.0 {
                 (floor_log2(most) + 125) as u8
@@ -78,8 +82,9 @@ impl Block for MxFp4 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<32, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_mxfp4(level, &HALVES_OF_E8M0, blocks, weights);
+        for_each_decoded::<32, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             put_weights::<16>(&block[1..], half_of_e8m0(block[0]), weights);
         });
     }
@@ -91,8 +96,9 @@ impl Block for NvFp4 {
     const WEIGHTS: usize = 64;
     const BYTES: usize = 36;
 
-    fn encode(_level: Level, weights: &[f32], blocks: &mut [u8]) {
-        for_each_encoded::<64, { Self::BYTES }>(0, weights, blocks, |weights, block| {
+    fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
+        let done = kernels::encode_nvfp4(level, weights, blocks);
+        for_each_encoded::<64, { Self::BYTES }>(done, weights, blocks, |weights, block| {
             let (scales, codes) = block.split_at_mut(4);
             let groups = weights.as_chunks::<16>().0.iter();
             for ((weights, scale), codes) in groups.zip(scales).zip(codes.chunks_exact_mut(8)) {
@@ -102,8 +108,9 @@ impl Block for NvFp4 {
         });
     }
 
-    fn decode(_level: Level, blocks: &[u8], weights: &mut [f32]) {
-        for_each_decoded::<64, { Self::BYTES }>(0, blocks, weights, |block, weights| {
+    fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
+        let done = kernels::decode_nvfp4(level, &HALVES_OF_UE4M3, blocks, weights);
+        for_each_decoded::<64, { Self::BYTES }>(done, blocks, weights, |block, weights| {
             let (scales, codes) = block.split_at(4);
             let groups = weights.as_chunks_mut::<16>().0.iter_mut();
             for ((weights, scale), codes) in groups.zip(scales).zip(codes.chunks_exact(8)) {
@@ -120,23 +127,11 @@ fn largest_magnitude(weights: &[f32]) -> f32 {
         .fold(0.0, |most, weight| weight.abs().max(most))
 }
 
-/// The first code with the least |t·s − x|; 0 for NaN.
-fn nearest(weight: f32, scale: f32) -> u8 {
-    let error = |code: u8| (E2M1_DOUBLED[usize::from(code)] * scale - weight).abs();
-    (1..16).fold(0, |best, code| {
-        if error(code) < error(best) {
-            code
-        } else {
-            best
-        }
-    })
-}
-
 /// Codes of 2·`HALF` weights as split nibbles.
 fn put_codes<const HALF: usize>(weights: &[f32], scale: f32, bytes: &mut [u8]) {
     let (low, high) = weights.split_at(HALF);
     for ((byte, &low), &high) in bytes.iter_mut().zip(low).zip(high) {
-        *byte = nearest(low, scale) | nearest(high, scale) << 4;
+        *byte = nearest_e2m1(low, scale) | nearest_e2m1(high, scale) << 4;
     }
 }
 

@@ -3,13 +3,22 @@
 //!
 //! Every function here may be called only on a processor that has all three features.
 
+mod blocks;
+mod decode_iq;
+mod decode_k;
 mod ggml;
 mod lanes;
 mod levels;
+mod mx;
+mod ternary;
 
+pub(super) use decode_iq::*;
+pub(super) use decode_k::*;
 pub(super) use ggml::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
+pub(super) use mx::*;
+pub(super) use ternary::*;
 
 use std::arch::x86_64::*;
 

@@ -203,4 +203,48 @@ offers! {
         steps: &mut [f32],
         codes: &mut [u8],
     ) -> bool = false;
+    /// K types; gives the number of blocks done, as all below.
+    fn decode_q2_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q3_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q4_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q5_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q6_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    /// IQ types, given the points of the grid as numbers.
+    fn decode_iq2_xxs [avx2 avx2] (grid: &[u16; 256], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq2_xs [avx2 avx2] (grid: &[u16; 512], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq2_s [avx2 avx2] (grid: &[u16; 1024], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq3_xxs [avx2 avx2] (grid: &[u16; 256], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq3_s [avx2 avx2] (grid: &[u16; 512], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq1_s [avx2 avx2] (grid: &[u16; 2048], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq1_m [avx2 avx2] (grid: &[u16; 2048], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    /// IQ types, given the levels.
+    fn decode_iq4_nl [avx2 avx2] (levels: &[i8; 16], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn decode_iq4_xs [avx2 avx2] (levels: &[i8; 16], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    /// Microscaling types; to decode them, half of every scale is given.
+    fn encode_mxfp4 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_mxfp4 [avx2 avx2] (scales: &[f32; 256], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    fn encode_nvfp4 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_nvfp4 [avx2 avx2] (scales: &[f32; 256], blocks: &[u8], weights: &mut [f32])
+        -> usize = 0;
+    /// Ternary types and their kin, and types for activations.
+    fn encode_tq1_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_tq1_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_tq2_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_tq2_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q1_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q1_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn encode_q2_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
+    fn decode_q2_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q8_1 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
+    fn decode_q8_k [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;
 }

@@ -5,7 +5,7 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::float;
 use crate::formats::Block;
-use crate::formats::{bnb4, bnb8, ggml_basic, ggml_iq, ggml_k};
+use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -422,6 +422,21 @@ stamp! {
     q4_k: |level| check_searched_blocks::<ggml_k::Q4K>(level);
     q5_k: |level| check_searched_blocks::<ggml_k::Q5K>(level);
     q6_k: |level| check_searched_blocks::<ggml_k::Q6K>(level);
+    iq2_xxs: |level| check_blocks::<ggml_iq::Iq2Xxs>(level);
+    iq2_xs: |level| check_blocks::<ggml_iq::Iq2Xs>(level);
+    iq2_s: |level| check_blocks::<ggml_iq::Iq2S>(level);
+    iq3_xxs: |level| check_blocks::<ggml_iq::Iq3Xxs>(level);
+    iq3_s: |level| check_blocks::<ggml_iq::Iq3S>(level);
+    iq1_s: |level| check_blocks::<ggml_iq::Iq1S>(level);
+    iq1_m: |level| check_blocks::<ggml_iq::Iq1M>(level);
+    mxfp4: |level| check_blocks::<mx::MxFp4>(level);
+    nvfp4: |level| check_blocks::<mx::NvFp4>(level);
+    tq1_0: |level| check_blocks::<ggml_ternary::Tq1_0>(level);
+    tq2_0: |level| check_blocks::<ggml_ternary::Tq2_0>(level);
+    q1_0: |level| check_blocks::<ggml_ternary::Q1_0>(level);
+    q2_0: |level| check_blocks::<ggml_ternary::Q2_0>(level);
+    q8_1: |level| check_blocks::<ggml_activation::Q8_1>(level);
+    q8_k: |level| check_blocks::<ggml_activation::Q8K>(level);
 }
 
 #[test]

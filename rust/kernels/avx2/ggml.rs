@@ -78,7 +78,7 @@ fn reciprocal(d: f32) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn half_bytes(value: f32) -> [u8; 2] {
+pub(super) fn half_bytes(value: f32) -> [u8; 2] {
     let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(value));
     (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }
