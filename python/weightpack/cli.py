@@ -103,6 +103,13 @@ def _version(context: click.Context, wanted: bool) -> None:
     show_default=True,
     help="How linear layers are told: by the model class in its library, or by tensor names.",
 )
+@click.option(
+    "--names",
+    type=click.Choice(["source", "host"]),
+    default="source",
+    show_default=True,
+    help="GGUF to safetensors: tensor names of the file, or those of transformers.",
+)
 @click.option("--arch", metavar="NAME", help="GGUF: names of this architecture, or `none`.  [default: as detected]")
 @click.option(
     "--fallback",

@@ -16,13 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import gguf_rules, gguf_target, model_config, overrides, recipes, rules
+from . import gguf_rules, gguf_target, host_target, model_config, overrides, recipes, rules
+from .assembly import source_row
 from .checkpoint import Checkpoint, native_checkpoint
 from .decision import Decisions, Target
 from .entry import Entry
 from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from .folder import STEMS, Model, carried_files, find_models, is_pipeline
 from .gguf_target import GgufModel, GgufOptions
+from .host_target import HostModel
 from .importance import open_importance
 from .layers import Layers, find_layers
 from .report import ConvertReport, ErrorStatistics, FileReport, TensorReport
@@ -80,6 +82,7 @@ def convert(
     importance: str | os.PathLike[str] | None = None,
     search: Literal["ref", "weighted"] = "ref",
     requantize: bool = False,
+    names: Literal["source", "host"] = "source",
     on_progress: Progress | None = None,
 ) -> ConvertReport:
     """Converts the checkpoint `src` into `dst`, packed as `to`.
@@ -110,6 +113,9 @@ def convert(
     same where there is no vector, "ref" without weights, as llama.cpp does. `requantize`: pack
     tensors of a GGUF source anew although they are packed.
 
+    For safetensors from GGUF: `names` "host" gives the tensors of a language model the names and the
+    order of rows that transformers has for them.
+
     Gives a `ConvertReport`. Raises `ConfigError` for options that make no sense, `CheckpointError`,
     `FormatError` or `UnsupportedError` for input that is refused, all before anything is written;
     `OSError` when a file cannot be read or written.
@@ -138,7 +144,8 @@ def convert(
     opened = [Checkpoint(model.weights, [replace(model, component="")]) for model in chosen]
     for model in chosen:
         model_config.source_method(model.config)
-    tables = [list(checkpoint.values()) for checkpoint in opened]
+    hosts = _hosts(opened, container, names)
+    tables = [host.entries for host in hosts]
     known = _layers(chosen, tables, options, container, layers)
     targets = _targets(chosen, opened, tables, options, container)
     decided = [
@@ -149,8 +156,8 @@ def convert(
 
     sources = [native_checkpoint(checkpoint) for checkpoint in opened]
     outputs = [
-        _output(number, model, opened[number], decided[number], options, container, kind, targets[number], sources)
-        for number, model in enumerate(chosen)
+        _output(number, model, opened[number], decided[number], options, container, kind, target, host, sources)
+        for number, (model, target, host) in enumerate(zip(chosen, targets, hosts, strict=True))
     ]
     files, left_out = _files(src, chosen, opened, decided, options, kind)
     request = {
@@ -166,8 +173,8 @@ def convert(
     report = _planned(plan, src, dst, options.to, dry_run)
     warnings = [
         f"{model.component}: {warning}" if model.component else warning
-        for model, checkpoint, one, target in zip(chosen, opened, decided, targets, strict=True)
-        for warning in (*checkpoint.warnings, *one.warnings, *_gguf_warnings(one, target))
+        for model, checkpoint, one, target, host in zip(chosen, opened, decided, targets, hosts, strict=True)
+        for warning in (*checkpoint.warnings, *host.warnings, *one.warnings, *_gguf_warnings(one, target))
     ]
     has_packed = any(decision.is_packed for one in decided for decision in one.tensors)
     if has_packed and kind == "folder" and container == "safetensors" and any(m.config is None for m in chosen):
@@ -339,6 +346,15 @@ def _layers(
     return known
 
 
+def _hosts(opened: Sequence[Checkpoint], container: str, names: str) -> list[HostModel]:
+    """The tensors of each model, under the names asked for."""
+    if names not in host_target.NAMES:
+        raise ConfigError(f'names "{names}" is none of {", ".join(host_target.NAMES)}')
+    if names == "host" and container == "gguf":
+        raise ConfigError("names of a host are given to tensors of a safetensors file, and the result is none")
+    return [host_target.prepare(checkpoint, list(checkpoint.values()), names) for checkpoint in opened]
+
+
 def _targets(
     models: Sequence[Model],
     opened: Sequence[Checkpoint],
@@ -431,6 +447,7 @@ def _output(
     container: str,
     kind: str,
     target: GgufModel | None,
+    host: HostModel,
     sources: list[_rust.Checkpoint],
 ) -> dict[str, Any]:
     """One model in the request. `sources` are all checkpoints it names; those that only GGUF needs
@@ -446,15 +463,7 @@ def _output(
         return {**output, **target.output(decided.tensors, model, _name(model), number, others)}
     output["metadata"] = {**_text_metadata(checkpoint), "format": "pt"}
     output["tensors"] = [
-        {
-            "checkpoint": number,
-            "name": decision.entry.name,
-            "as": decision.entry.name,
-            "format": decision.format,
-            "params": dict(decision.params),
-            "why": decision.why,
-        }
-        for decision in decided.tensors
+        source_row(decision, host.mapped.get(decision.entry.name), number) for decision in decided.tensors
     ]
     return output
 

@@ -5,23 +5,23 @@ importance vectors know of them, and how each is asked for from the engine.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import keymaps, recipes
 from .architectures import NONE, find_architecture
+from .assembly import joined, source_row
 from .checkpoint import Checkpoint
 from .decision import GGML_DIMENSIONS, Decision, GgufChoices
-from .entry import Entry, Part
+from .entry import Entry
 from .errors import CheckpointError, UnsupportedError
 from .folder import Model
 from .gguf_metadata import gguf_metadata
 from .gguf_rules import INSTEAD
 from .importance import COUNTS, SUMS, Importance
-from .mapping import ArchitecturePlan, Facts, MappedTensor, Rows
+from .mapping import ArchitecturePlan, Facts
 from .targets import FormatInfo, format_table
 
 
@@ -103,21 +103,7 @@ class GgufModel:
         mapped = self.choices.mapped.get(name)
         if mapped is not None and mapped.values is not None:
             number, mapped = others["generated"], None
-        row: dict[str, Any] = {
-            "checkpoint": number,
-            "name": name if mapped is None else mapped.sources[0].name,
-            "as": name,
-            "format": decision.format,
-            "params": dict(decision.params),
-            "why": decision.why,
-        }
-        if mapped is not None and not mapped.is_renamed:
-            if not (len(mapped.sources) == 1 and mapped.sources[0].is_whole):
-                row["rows"] = [_rows(rows) for rows in mapped.sources]
-            if mapped.shape is not None:
-                row["shape"] = list(mapped.shape)
-            if mapped.add is not None:
-                row["add"] = mapped.add
+        row = source_row(decision, mapped, number)
         if decision.format.startswith("gguf:"):
             if name in self.vectors:
                 vector = self.vectors[name]
@@ -158,7 +144,7 @@ def prepare(
     if plan is not None:
         by_name = {entry.name: entry for entry in entries}
         family, facts = plan.recipes, plan.facts
-        entries = [_joined(mapped, by_name) for mapped in plan.tensors]
+        entries = [joined(mapped, by_name) for mapped in plan.tensors]
     else:
         is_image = model.config is not None and "_class_name" in model.config
         family = recipes.IMAGE if is_image else recipes.LLAMA
@@ -201,54 +187,6 @@ def _fallbacks(decisions: Sequence[Decision]) -> list[str]:
         return []
     word = "tensor falls" if len(fallen) == 1 else "tensors fall"
     return [f'{len(fallen)} {word} back to another type (first "{fallen[0].entry.name}": {fallen[0].why})']
-
-
-def _rows(rows: Rows) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": rows.name, "first": rows.first, "count": rows.count}
-    if rows.interleave is not None:
-        row["interleave"] = {"groups": rows.interleave.groups, "parts": rows.interleave.parts}
-    return row
-
-
-def _joined(mapped: MappedTensor, by_name: Mapping[str, Entry]) -> Entry:
-    """The tensor of an architecture, as if a file held it."""
-    if mapped.values is not None:
-        count = len(mapped.values)
-        part = Part(mapped.name, "F32", (count,), 4 * count)
-        return Entry(mapped.name, (count,), "F32", "f32", 4 * count, count, (part,))
-    sources = [by_name[rows.name] for rows in mapped.sources]
-    first = sources[0]
-    if mapped.is_renamed:
-        return replace(first, name=mapped.name)
-    for entry in sources:
-        if entry.dtype != first.dtype or entry.format != first.format:
-            raise UnsupportedError(
-                f'"{mapped.name}" joins "{first.name}", stored as {first.dtype}, and "{entry.name}", '
-                f"stored as {entry.dtype}",
-                hint="convert the model to one type first",
-            )
-    count = sum(
-        _count(entry) - rows.first if rows.count is None else rows.count
-        for rows, entry in zip(mapped.sources, sources, strict=True)
-    )
-    shape = mapped.shape
-    if shape is None:
-        is_whole = len(sources) == 1 and mapped.sources[0].is_whole
-        shape = first.shape if is_whole else (count, first.shape[-1]) if len(first.shape) > 1 else (count,)
-    weights = math.prod(shape)
-    nbytes = first.nbytes * weights // first.weights if first.weights else 0
-    return replace(
-        first,
-        name=mapped.name,
-        shape=shape,
-        nbytes=nbytes,
-        weights=weights,
-        parts=(Part(mapped.name, first.dtype, shape, nbytes),) if first.is_plain else first.parts,
-    )
-
-
-def _count(entry: Entry) -> int:
-    return math.prod(entry.shape[:-1]) if len(entry.shape) > 1 else math.prod(entry.shape)
 
 
 def _facts(
