@@ -14,7 +14,6 @@ import ctypes
 import importlib.util
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from conversion import cpu_name
 
 import weightpack as wp
 
@@ -233,12 +233,6 @@ def main() -> None:
     if chosen.record:
         Path(chosen.record).write_text(json.dumps(record, indent=1) + "\n")
     print(f"copy {record['copy_gb_per_second_one_way']:.1f} GB/s one way")
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
