@@ -115,13 +115,11 @@ class Keymap:
         return tuple(tensors)
 
     def _as_stored(self, entries: Sequence[Entry], prefix: str) -> tuple[tuple[MappedTensor, ...], dict[str, str]]:
-        inside = [entry.name for entry in entries if entry.name.startswith(prefix)]
+        inside = [entry.name.removeprefix(prefix) for entry in entries if entry.name.startswith(prefix)]
         left_out = {entry.name: "no part of the model" for entry in entries if not entry.name.startswith(prefix)}
-        known = [(_compile(rule.target), rule) for rule in self.rules]
-        for name in inside:
-            if not any(pattern.fullmatch(name.removeprefix(prefix)) for pattern, _ in known):
-                raise self._unknown(name)
-        return tuple(self._mapped(name.removeprefix(prefix), (Rows(name),)) for name in inside), left_out
+        rules = [(rule, (rule.target,), (rule.target,)) for rule in self.rules]
+        used = self._expand(rules, dict.fromkeys(inside))
+        return tuple(self._mapped(target, (Rows(prefix + target),)) for _, (target,), _ in used), left_out
 
     def _mapped(self, target: str, rows: tuple[Rows, ...]) -> MappedTensor:
         if any(part in target for part in self.f32):
