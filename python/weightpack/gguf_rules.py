@@ -134,13 +134,15 @@ def _kept(entry: Entry, target: Target, family: recipes.Family) -> Decision | No
     if not entry.is_float:
         return keep(entry, target, "not floating point")
     mapped = choices.mapped.get(entry.name)
-    if mapped is not None and mapped.keep:
+    if mapped is not None and mapped.keep and mapped.plain:
         return _plain(entry, target, mapped.plain, mapped.keep)
     rows = [size for size in entry.shape[:-1] if size != 1]
     if len(entry.shape) <= 1:
         return _plain(entry, target, "f32", "norm, bias or other vector")
     if family.name == recipes.IMAGE and entry.weights <= SMALL_WEIGHTS:
         return _plain(entry, target, "f32", "small")
+    if mapped is not None and mapped.keep:
+        return keep(entry, target, mapped.keep)
     why = family.kinds.why_kept(entry.name, choices.facts.architecture)
     if why is not None:
         return _plain(entry, target, why[1], why[0])
