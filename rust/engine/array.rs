@@ -151,7 +151,6 @@ pub fn decode_array(
             )));
         }
     }
-    let to_odd = matches!(dtype, Dtype::F16 | Dtype::BF16);
     let weight_bytes = dtype.alignment();
     let mut rest = out;
     let mut work = Vec::new();
@@ -162,22 +161,42 @@ pub fn decode_array(
     in_threads(work, |(run, mut rest)| {
         let mut scratch = Vec::new();
         for tile in tiles(layout, run) {
-            let weights = scratch_of(&mut scratch, &tile)?;
             let mut parts: formats::Parts<'_> = Default::default();
             for (part, (index, component)) in parts.iter_mut().zip(layout.sliced()) {
                 let range = component.span.range(tile.start, tile.end - tile.start);
                 *part = get(components[index], range)?;
             }
-            if to_odd {
-                format.decode_to_odd(layout, tile.start, &parts, weights)?;
-            } else {
-                format.decode(layout, tile.start, &parts, weights)?;
-            }
             let bytes = tile.start * weight_bytes..tile.end * weight_bytes;
-            float::narrow(dtype, weights, take(&mut rest, bytes)?)?;
+            let target = take(&mut rest, bytes)?;
+            decode_tile(format, layout, &tile, &parts, dtype, target, &mut scratch)?;
         }
         Ok(())
     })
+}
+
+/// Decodes one tile into `target`, as weights of type `dtype`: straight into its place where that
+/// holds `f32`, by way of `scratch` elsewhere.
+fn decode_tile(
+    format: &dyn Format,
+    layout: &Layout,
+    tile: &Range<u64>,
+    parts: &formats::Parts<'_>,
+    dtype: Dtype,
+    target: &mut [u8],
+    scratch: &mut Vec<f32>,
+) -> Result<()> {
+    if dtype == Dtype::F32 && cfg!(target_endian = "little") {
+        if let Ok(weights) = bytemuck::try_cast_slice_mut(target) {
+            return format.decode(layout, tile.start, parts, weights);
+        }
+    }
+    let weights = scratch_of(scratch, tile)?;
+    if matches!(dtype, Dtype::F16 | Dtype::BF16) {
+        format.decode_to_odd(layout, tile.start, parts, weights)?;
+    } else {
+        format.decode(layout, tile.start, parts, weights)?;
+    }
+    float::narrow(dtype, weights, target)
 }
 
 /// As [`decode_array`], for rows of `columns` weights that lie anywhere: `data` holds the blocks of
@@ -223,20 +242,15 @@ pub fn decode_rows(
         let mut scratch = Vec::new();
         for (packed, weights) in rows {
             for tile in tiles(&layout, 0..columns) {
-                let decoded = scratch_of(&mut scratch, &tile)?;
                 let mut parts: formats::Parts<'_> = Default::default();
                 let range = component.span.range(tile.start, tile.end - tile.start);
                 parts[0] = get(packed, range)?;
-                match dtype {
-                    Dtype::F16 | Dtype::BF16 => {
-                        format.decode_to_odd(&layout, tile.start, &parts, decoded)?;
-                    }
-                    _ => format.decode(&layout, tile.start, &parts, decoded)?,
-                }
                 let (start, end) = (tile.start * weight_bytes, tile.end * weight_bytes);
                 let place = shape::to_usize(start)?..shape::to_usize(end)?;
                 match weights.get_mut(place) {
-                    Some(weights) => float::narrow(dtype, decoded, weights)?,
+                    Some(target) => {
+                        decode_tile(format, &layout, &tile, &parts, dtype, target, &mut scratch)?;
+                    }
                     None => return Err(Error::Internal(String::from("a row is too short"))),
                 }
             }
@@ -264,10 +278,18 @@ impl Source<'_> {
     ) -> Result<()> {
         let mut scratch = Vec::new();
         for tile in tiles(layout, run) {
-            let weights = scratch_of(&mut scratch, &tile)?;
             let range = tile.start * self.weight_bytes..tile.end * self.weight_bytes;
-            let to_odd = self.format.rounds_to_16_bits();
-            float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
+            let data = get(self.data, range)?;
+            let weights = match bytemuck::try_cast_slice(data) {
+                Ok(weights) if self.dtype == Dtype::F32 && cfg!(target_endian = "little") => {
+                    weights
+                }
+                _ => {
+                    let weights = scratch_of(&mut scratch, &tile)?;
+                    float::widen(self.dtype, data, weights, self.format.rounds_to_16_bits())?;
+                    weights
+                }
+            };
             refuse_nonfinite(self.format, tile.start, weights, self.keep_nonfinite)?;
             work(tile.start, weights)?;
         }
