@@ -11,7 +11,7 @@ use criterion::measurement::WallTime;
 use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Throughput};
 use weightpack::codebook::{Codebook, FP4, NF4};
 use weightpack::float;
-use weightpack::formats::{bnb4, bnb8, ggml_basic, Block};
+use weightpack::formats::{bnb4, bnb8, ggml_basic, ggml_k, Block};
 use weightpack::kernels::{self, Level};
 
 const WEIGHTS: usize = 4096;
@@ -173,12 +173,33 @@ fn ggml_block<B: Block>(criterion: &mut Criterion) {
     );
 }
 
+/// The search with importance.
+fn ggml_weighted<B: Block>(criterion: &mut Criterion) {
+    let x = weights();
+    let importance: Vec<f32> = x.iter().map(|x| 1.0 + 30.0 * x).collect();
+    let name = format!("encode_weighted_{}", B::DTYPE.name().to_lowercase());
+    let blocks = vec![0u8; WEIGHTS / B::WEIGHTS * B::BYTES];
+    rows(criterion, &name, blocks, |level, out| {
+        B::encode_weighted(level, &x, &importance, out);
+    });
+}
+
 fn ggml(criterion: &mut Criterion) {
     ggml_block::<ggml_basic::Q4_0>(criterion);
     ggml_block::<ggml_basic::Q4_1>(criterion);
     ggml_block::<ggml_basic::Q5_0>(criterion);
     ggml_block::<ggml_basic::Q5_1>(criterion);
     ggml_block::<ggml_basic::Q8_0>(criterion);
+    ggml_block::<ggml_k::Q2K>(criterion);
+    ggml_block::<ggml_k::Q3K>(criterion);
+    ggml_block::<ggml_k::Q4K>(criterion);
+    ggml_block::<ggml_k::Q5K>(criterion);
+    ggml_block::<ggml_k::Q6K>(criterion);
+    ggml_weighted::<ggml_k::Q2K>(criterion);
+    ggml_weighted::<ggml_k::Q3K>(criterion);
+    ggml_weighted::<ggml_k::Q4K>(criterion);
+    ggml_weighted::<ggml_k::Q5K>(criterion);
+    ggml_weighted::<ggml_k::Q6K>(criterion);
 }
 
 /// What a conversion does to a tile: widen, encode, decode, compare.

@@ -18,6 +18,12 @@
 //!   q = min(15 (31), trunc((x − m)·(1/d) + 0.5)).
 //! - Q8_0: d = largest magnitude / 127, q = x·(1/d), ties away from zero.
 //!
+//! With importance, scales are searched instead ([`super::ggml_search`]), each weight counting
+//! importance·√(mean of x² over the row + x²): Q4_0 and Q5_0 by a symmetric fit with 8 (16) codes below
+//! zero, Q4_1 and Q5_1 by an affine fit with codes to 15 (31). The codes are those of the search; d and m
+//! are rounded for storage only. A block of zeros then has d = +0 and, in Q4_0 and Q5_0, codes of 0.
+//! Q8_0 ignores importance.
+//!
 //! 1/d is taken of the unrounded d; d and m are rounded to f16 for storage only. Decoding rounds
 //! the product, then the sum.
 //!
@@ -31,12 +37,17 @@
 //! - Weights that are not finite are refused by the caller; what they would give is the same on
 //!   every processor, and means nothing.
 //!
-//! Source: ggml 0.25.3, `ggml-quants.c` (`quantize_row_*_ref`, `dequantize_row_*`), built without
-//! fused multiply-add. gguf-py 0.19 gives the same bytes, except for a block of zeros that opens
+//! Source: ggml 0.25.3, `ggml-quants.c` (`quantize_row_*_ref`, `quantize_row_*_impl`,
+//! `dequantize_row_*`), built without fused multiply-add. gguf-py 0.19 gives the same bytes, except for a block of zeros that opens
 //! with a negative one in Q4_0 and Q5_0, where its d is +0 and ggml's (followed here) is −0; and
 //! except for the sign of m where m is a zero of either sign: the first one's here and in ggml.
 
-use super::blocks::{for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks};
+use super::blocks::{
+    for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks, Weighing,
+};
+use super::ggml_search::{
+    affine_codes, fit_affine_runs, fit_symmetric_runs, symmetric_codes, AffineSearch, Fit, Weigh,
+};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
@@ -81,6 +92,7 @@ impl Block for Q4_0 {
     const DTYPE: Dtype = Dtype::Q4_0;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 2 + HALF;
+    const WEIGHING: Weighing = Weighing::ByRow;
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q4_0(level, weights, blocks);
@@ -90,6 +102,22 @@ impl Block for Q4_0 {
             let codes = codes(weights, 0.0, reciprocal(d), 8.5, 15);
             put_nibbles(block, 2, &codes);
         });
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        let search = |weigh: Weigh<'_>, weights: &[f32], fits: &mut [Fit]| {
+            fit_symmetric_runs::<WEIGHTS>(level, 8, weigh, weights, fits);
+        };
+        encode_row::<{ Self::BYTES }>(
+            weights,
+            importance,
+            blocks,
+            search,
+            |weights, fit, block| {
+                put_half(block, 0, fit.scale);
+                put_nibbles(block, 2, &symmetric_codes(8, weights, fit));
+            },
+        );
     }
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
@@ -109,6 +137,7 @@ impl Block for Q4_1 {
     const DTYPE: Dtype = Dtype::Q4_1;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 4 + HALF;
+    const WEIGHING: Weighing = Weighing::ByRow;
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q4_1(level, weights, blocks);
@@ -120,6 +149,24 @@ impl Block for Q4_1 {
             let codes = codes(weights, least, reciprocal(d), 0.5, 15);
             put_nibbles(block, 4, &codes);
         });
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        let search = |weigh: Weigh<'_>, weights: &[f32], fits: &mut [Fit]| {
+            let tries = AffineSearch::with_importance(15);
+            fit_affine_runs::<WEIGHTS>(level, &tries, weigh, weights, fits);
+        };
+        encode_row::<{ Self::BYTES }>(
+            weights,
+            importance,
+            blocks,
+            search,
+            |weights, fit, block| {
+                put_half(block, 0, fit.scale);
+                put_half(block, 2, -fit.min);
+                put_nibbles(block, 4, &affine_codes(15, weights, fit));
+            },
+        );
     }
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
@@ -139,6 +186,7 @@ impl Block for Q5_0 {
     const DTYPE: Dtype = Dtype::Q5_0;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 6 + HALF;
+    const WEIGHING: Weighing = Weighing::ByRow;
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q5_0(level, weights, blocks);
@@ -149,6 +197,24 @@ impl Block for Q5_0 {
             put_high_bits(block, 2, &codes);
             put_nibbles(block, 6, &codes);
         });
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        let search = |weigh: Weigh<'_>, weights: &[f32], fits: &mut [Fit]| {
+            fit_symmetric_runs::<WEIGHTS>(level, 16, weigh, weights, fits);
+        };
+        encode_row::<{ Self::BYTES }>(
+            weights,
+            importance,
+            blocks,
+            search,
+            |weights, fit, block| {
+                let codes = symmetric_codes(16, weights, fit);
+                put_half(block, 0, fit.scale);
+                put_high_bits(block, 2, &codes);
+                put_nibbles(block, 6, &codes);
+            },
+        );
     }
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
@@ -168,6 +234,7 @@ impl Block for Q5_1 {
     const DTYPE: Dtype = Dtype::Q5_1;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 8 + HALF;
+    const WEIGHING: Weighing = Weighing::ByRow;
 
     fn encode(level: Level, weights: &[f32], blocks: &mut [u8]) {
         let done = kernels::encode_q5_1(level, weights, blocks);
@@ -180,6 +247,26 @@ impl Block for Q5_1 {
             put_high_bits(block, 4, &codes);
             put_nibbles(block, 8, &codes);
         });
+    }
+
+    fn encode_weighted(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+        let search = |weigh: Weigh<'_>, weights: &[f32], fits: &mut [Fit]| {
+            let tries = AffineSearch::with_importance(31);
+            fit_affine_runs::<WEIGHTS>(level, &tries, weigh, weights, fits);
+        };
+        encode_row::<{ Self::BYTES }>(
+            weights,
+            importance,
+            blocks,
+            search,
+            |weights, fit, block| {
+                let codes = affine_codes(31, weights, fit);
+                put_half(block, 0, fit.scale);
+                put_half(block, 2, -fit.min);
+                put_high_bits(block, 4, &codes);
+                put_nibbles(block, 8, &codes);
+            },
+        );
     }
 
     fn decode(level: Level, blocks: &[u8], weights: &mut [f32]) {
@@ -221,6 +308,37 @@ impl Block for Q8_0 {
                 *weight = f32::from(byte.cast_signed()) * d;
             }
         });
+    }
+}
+
+/// Blocks of a row whose searches run together.
+const TOGETHER: usize = 128;
+
+/// Encodes a row with importance: `search` finds scales for many blocks, `encode` writes one.
+fn encode_row<const BYTES: usize>(
+    row: &[f32],
+    importance: &[f32],
+    blocks: &mut [u8],
+    search: impl Fn(Weigh<'_>, &[f32], &mut [Fit]),
+    encode: impl Fn(&[f32; WEIGHTS], &Fit, &mut [u8; BYTES]),
+) {
+    let squares = row.iter().fold(0.0, |sum, x| sum + x * x);
+    let variance = squares / row.len() as f32;
+    let blocks = blocks.as_chunks_mut().0.chunks_mut(TOGETHER);
+    let importance = importance.chunks(TOGETHER * WEIGHTS);
+    for ((weights, importance), blocks) in
+        row.chunks(TOGETHER * WEIGHTS).zip(importance).zip(blocks)
+    {
+        let mut counts = [0.0; TOGETHER * WEIGHTS];
+        for ((count, importance), x) in counts.iter_mut().zip(importance).zip(weights) {
+            *count = importance * (variance + x * x).sqrt();
+        }
+        let mut fits = [Fit::default(); TOGETHER];
+        let fits = &mut fits[..blocks.len()];
+        search(Weigh::Given(&counts), weights, fits);
+        for ((weights, fit), block) in weights.as_chunks().0.iter().zip(fits).zip(blocks) {
+            encode(weights, fit, block);
+        }
     }
 }
 

@@ -165,14 +165,31 @@ fn round_plainly<const P: usize>(limit: u8, scales: &[f32; P]) -> Rounded<P> {
 
 /// importance·√(spread·mean of x² + x²), the mean being over each block.
 fn counts(spread: f32, weights: &[f32], importance: &[f32], counts: &mut [f32]) {
-    let blocks = weights.as_chunks::<WEIGHTS>().0.iter();
-    let importance = importance.as_chunks::<WEIGHTS>().0;
-    let counts = counts.as_chunks_mut::<WEIGHTS>().0;
-    for ((weights, importance), counts) in blocks.zip(importance).zip(counts) {
-        let squares = weights.iter().fold(0.0, |sum, x| sum + x * x);
-        let variance = spread * squares / WEIGHTS as f32;
-        for ((count, importance), x) in counts.iter_mut().zip(importance).zip(weights) {
-            *count = importance * (variance + x * x).sqrt();
+    /// Blocks whose sums, each in order, are added up side by side.
+    const ABREAST: usize = 4;
+    let blocks = weights.as_chunks::<WEIGHTS>().0.chunks(ABREAST);
+    let importance = importance.as_chunks::<WEIGHTS>().0.chunks(ABREAST);
+    let counts = counts.as_chunks_mut::<WEIGHTS>().0.chunks_mut(ABREAST);
+    for ((blocks, importance), counts) in blocks.zip(importance).zip(counts) {
+        let mut squares = [0.0; ABREAST];
+        if let [a, b, c, d] = blocks {
+            for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+                squares[0] += a * a;
+                squares[1] += b * b;
+                squares[2] += c * c;
+                squares[3] += d * d;
+            }
+        } else {
+            for (squares, block) in squares.iter_mut().zip(blocks) {
+                *squares = block.iter().fold(0.0, |sum, x| sum + x * x);
+            }
+        }
+        let blocks = blocks.iter().zip(importance).zip(counts);
+        for (((weights, importance), counts), squares) in blocks.zip(squares) {
+            let variance = spread * squares / WEIGHTS as f32;
+            for ((count, importance), x) in counts.iter_mut().zip(importance).zip(weights) {
+                *count = importance * (variance + x * x).sqrt();
+            }
         }
     }
 }
@@ -215,13 +232,7 @@ pub fn encode_affine<B: Affine<P>, const P: usize, const N: usize, const BYTES: 
             if let Some(importance) = importance {
                 let mut given = [0.0; TOGETHER * WEIGHTS];
                 counts(B::SPREAD, weights, importance, &mut given);
-                let search = AffineSearch {
-                    first: -0.9,
-                    step: 0.05,
-                    tries: 37,
-                    absolute: false,
-                    ..B::SEARCH
-                };
+                let search = AffineSearch::with_importance(B::SEARCH.limit);
                 fit_affine_runs::<N>(level, &search, Weigh::Given(&given), weights, fits);
                 round_fits(level, B::LIMIT, fits, &mut scales);
             } else {
@@ -311,9 +322,13 @@ pub trait Symmetric: Block {
     /// Searches all sub-blocks.
     fn search(level: Level, weights: &[f32], importance: Option<&[f32]>, fits: &mut [Fit]);
 
-    /// Rounds and stores the scales. Gives the steps that the sub-blocks now have, or nothing for a
+    /// Whether scales are rounded by a search of their own, where there is importance.
+    const SEARCHES_SCALES: bool;
+
+    /// Rounds and stores the scales; `of_scales` is what the search of their own found. Gives the steps that the sub-blocks now have, or nothing for a
     /// block that is all zero bytes.
-    fn put_scales(block: &mut [u8], fits: &[Fit; 16], weighted: bool) -> Option<[f32; 16]>;
+    fn put_scales(block: &mut [u8], fits: &[Fit; 16], of_scales: Option<&Fit>)
+        -> Option<[f32; 16]>;
 
     /// The codes that the search of one sub-block chose.
     fn searched_codes(weights: &[f32; 16], fit: &Fit, weighted: bool) -> [u8; 16];
@@ -334,8 +349,12 @@ fn largest(fits: &[Fit; 16]) -> f32 {
     fits.iter().fold(0.0, larger)
 }
 
+/// Scales of Q3_K that are negative.
+const SCALES_BELOW_ZERO: u8 = 32;
+
 impl Symmetric for Q3K {
     const LIMIT: u8 = 4;
+    const SEARCHES_SCALES: bool = true;
 
     fn search(level: Level, weights: &[f32], importance: Option<&[f32]>, fits: &mut [Fit]) {
         if let Some(importance) = importance {
@@ -347,13 +366,15 @@ impl Symmetric for Q3K {
         }
     }
 
-    fn put_scales(block: &mut [u8], fits: &[Fit; 16], weighted: bool) -> Option<[f32; 16]> {
+    fn put_scales(
+        block: &mut [u8],
+        fits: &[Fit; 16],
+        of_scales: Option<&Fit>,
+    ) -> Option<[f32; 16]> {
         let mut scales = [0; 16];
         let mut d = 0.0;
-        if weighted {
-            let values = fits.map(|fit| fit.scale);
-            let fit = super::ggml_search::fit_symmetric(32, &values, &fits.map(|fit| fit.counts));
-            scales = symmetric_codes(32, &values, &fit);
+        if let Some(fit) = of_scales {
+            scales = symmetric_codes(SCALES_BELOW_ZERO, &fits.map(|fit| fit.scale), fit);
             d = fit.scale;
         } else {
             let largest = largest(fits);
@@ -387,13 +408,18 @@ impl Symmetric for Q3K {
 
 impl Symmetric for Q6K {
     const LIMIT: u8 = 32;
+    const SEARCHES_SCALES: bool = false;
 
     fn search(level: Level, weights: &[f32], importance: Option<&[f32]>, fits: &mut [Fit]) {
         let weigh = importance.map_or(Weigh::Square, Weigh::Given);
         fit_symmetric_runs::<16>(level, Self::LIMIT, weigh, weights, fits);
     }
 
-    fn put_scales(block: &mut [u8], fits: &[Fit; 16], _weighted: bool) -> Option<[f32; 16]> {
+    fn put_scales(
+        block: &mut [u8],
+        fits: &[Fit; 16],
+        _of_scales: Option<&Fit>,
+    ) -> Option<[f32; 16]> {
         let largest = largest(fits);
         if largest.abs() < EPSILON {
             return None;
@@ -433,9 +459,25 @@ pub fn encode_symmetric<B: Symmetric, const BYTES: usize>(
             let fits = &mut fits[..weights.len() / 16];
             B::search(level, weights, importance, fits);
             let weighted = importance.is_some();
+            let mut of_scales = [Fit::default(); TOGETHER];
+            if weighted && B::SEARCHES_SCALES {
+                let (mut scales, mut counts) = ([0.0; RUNS], [0.0; RUNS]);
+                for (index, fit) in fits.iter().enumerate() {
+                    (scales[index], counts[index]) = (fit.scale, fit.counts);
+                }
+                fit_symmetric_runs::<16>(
+                    level,
+                    SCALES_BELOW_ZERO,
+                    Weigh::Given(&counts),
+                    &scales[..fits.len()],
+                    &mut of_scales[..blocks.len()],
+                );
+            }
             let weights = weights.as_chunks::<WEIGHTS>().0.iter();
-            for ((weights, fits), block) in weights.zip(fits.as_chunks().0).zip(blocks) {
-                let Some(steps) = B::put_scales(block, fits, weighted) else {
+            let fits = fits.as_chunks().0.iter().zip(&of_scales);
+            for ((weights, (fits, of_scales)), block) in weights.zip(fits).zip(blocks) {
+                let of_scales = weighted.then_some(of_scales);
+                let Some(steps) = B::put_scales(block, fits, of_scales) else {
                     block.fill(0);
                     continue;
                 };

@@ -361,8 +361,9 @@ pub fn fit_positive_runs<const N: usize>(
 
 /// Codes of a block whose sub-blocks of `N` have these minimums and steps: `nearest((x + min) / step)`
 /// limited to `low..=high`, moved up so that `low` becomes 0. Means nothing where the step is zero.
+#[allow(clippy::too_many_arguments)]
 pub fn divided_codes<const N: usize>(
-    _level: Level,
+    level: Level,
     low: i32,
     high: i32,
     weights: &[f32],
@@ -370,6 +371,9 @@ pub fn divided_codes<const N: usize>(
     steps: &[f32],
     codes: &mut [u8],
 ) {
+    if kernels::divided_codes(level, N, low, high, weights, mins, steps, codes) {
+        return;
+    }
     let runs = weights
         .as_chunks::<N>()
         .0

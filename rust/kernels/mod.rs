@@ -90,7 +90,7 @@ macro_rules! offers {
             -> $done:ty = $none:expr;
     )*) => {$(
         $(#[$doc])*
-        #[allow(unused_variables)]
+        #[allow(unused_variables, clippy::too_many_arguments)]
         pub(crate) fn $name(level: Level, $($arg: $type),*) -> $done {
             match level.0 {
                 Tier::Scalar => $none,
@@ -201,6 +201,16 @@ offers! {
         scales: &[f32],
         counts: &[f32],
         steps: &mut [f32],
+        codes: &mut [u8],
+    ) -> bool = false;
+    /// Codes of sub-blocks of `size` weights; whether it was done.
+    fn divided_codes [avx2 avx2] (
+        size: usize,
+        low: i32,
+        high: i32,
+        weights: &[f32],
+        mins: &[f32],
+        steps: &[f32],
         codes: &mut [u8],
     ) -> bool = false;
     /// K types; gives the number of blocks done, as all below.

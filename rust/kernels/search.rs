@@ -4,6 +4,7 @@
 //! Each lane does what the scalar body does, in its order; where that branches, the lanes whose
 //! condition does not hold keep what they had. So the bits are the same, and no sum is split.
 
+#[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
 pub(super) mod lanes;
 
 /// Below this largest magnitude, a run counts as zero.
@@ -28,6 +29,17 @@ pub struct AffineSearch {
 }
 
 impl AffineSearch {
+    /// The search of every affine type when there is importance.
+    pub const fn with_importance(limit: u8) -> Self {
+        AffineSearch {
+            limit,
+            first: -0.9,
+            step: 0.05,
+            tries: 37,
+            absolute: false,
+        }
+    }
+
     /// Steps of try `index`, added up in this order.
     #[inline(always)]
     pub fn steps(&self, index: u8) -> f32 {

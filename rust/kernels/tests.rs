@@ -417,6 +417,10 @@ stamp! {
     iq4_nl_weighted: |level| check_weighted::<ggml_iq::Iq4Nl>(level);
     iq4_xs: |level| check_blocks::<ggml_iq::Iq4Xs>(level);
     iq4_xs_weighted: |level| check_weighted::<ggml_iq::Iq4Xs>(level);
+    q4_0_weighted: |level| check_searched_blocks::<ggml_basic::Q4_0>(level);
+    q4_1_weighted: |level| check_searched_blocks::<ggml_basic::Q4_1>(level);
+    q5_0_weighted: |level| check_searched_blocks::<ggml_basic::Q5_0>(level);
+    q5_1_weighted: |level| check_searched_blocks::<ggml_basic::Q5_1>(level);
     q2_k: |level| check_searched_blocks::<ggml_k::Q2K>(level);
     q3_k: |level| check_searched_blocks::<ggml_k::Q3K>(level);
     q4_k: |level| check_searched_blocks::<ggml_k::Q4K>(level);

@@ -49,7 +49,10 @@ IDS = {
 ENCODED_SIMPLY = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4")
 """Types whose encoder ignores importance."""
 
-ENCODED_BY_IMPORTANCE: tuple[str, ...] = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+SEARCHED_BY_IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Types whose encoder searches only when it is given importance."""
+
+ENCODED_BY_IMPORTANCE = (*SEARCHED_BY_IMPORTANCE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Types whose encoder searches otherwise when it is given importance."""
 
 ENCODED_ON_GRIDS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M")

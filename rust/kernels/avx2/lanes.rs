@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
-use crate::kernels::search::lanes::{self, Lanes, Two, Vector};
-use crate::kernels::search::{AffineSearch, Fit, Weigh};
+use super::{load, store_bytes, transpose};
+use crate::kernels::search::lanes::{self, Lanes, Two, Vector, MOST};
+use crate::kernels::search::{AffineSearch, Fit, Weigh, ROUNDER};
 
 /// Proof that the processor has the instructions.
 #[derive(Clone, Copy)]
@@ -40,6 +41,17 @@ impl Lanes for Avx2 {
             Some(values) => unsafe { F8(_mm256_loadu_ps(values.as_ptr())) },
             None => self.splat(0.0),
         }
+    }
+
+    #[inline(always)]
+    fn transpose<const N: usize>(
+        self,
+        lanes: usize,
+        runs: &[[f32; N]],
+        columns: &mut [[f32; MOST]; N],
+    ) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { transpose(lanes, runs, columns) }
     }
 }
 
@@ -227,7 +239,13 @@ pub(in super::super) fn fit_symmetric(
 pub(in super::super) fn fit_descent(limit: u8, weights: &[f32], fits: &mut [Fit]) -> bool {
     // SAFETY: as above.
     let lanes = unsafe { Avx2::new() };
-    lanes::fit_descent(Two(lanes, lanes), limit, weights, fits);
+    // Each step of a descent waits for the one before: four vectors keep the processor busy.
+    let four = Two(Two(lanes, lanes), Two(lanes, lanes));
+    let many = fits.len() / 32 * 32;
+    let (fits, rest) = fits.split_at_mut(many);
+    lanes::fit_descent(four, limit, weights, fits);
+    let weights = weights.get(16 * many..).unwrap_or_default();
+    lanes::fit_descent(lanes, limit, weights, rest);
     true
 }
 
@@ -246,6 +264,49 @@ pub(in super::super) fn fit_positive(
         8 => lanes::fit_positive::<_, 8>(lanes, limit, scales, counts, steps, codes),
         16 => lanes::fit_positive::<_, 16>(lanes, limit, scales, counts, steps, codes),
         _ => return false,
+    }
+    true
+}
+
+// ---- codes
+
+/// Codes of sub-blocks of 16 or 32 weights.
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels) fn divided_codes(
+    size: usize,
+    low: i32,
+    high: i32,
+    weights: &[f32],
+    mins: &[f32],
+    steps: &[f32],
+    codes: &mut [u8],
+) -> bool {
+    // The low 23 bits of a rounded sum are 2²² more than the integer.
+    let (bottom, top) = (0x40_0000 + low, 0x40_0000 + high);
+    let (bottom, top) = (_mm256_set1_epi32(bottom), _mm256_set1_epi32(top));
+    let (rounder, mask) = (_mm256_set1_ps(ROUNDER), _mm256_set1_epi32(0x7f_ffff));
+    let runs = weights.chunks_exact(size).zip(codes.chunks_exact_mut(size));
+    for ((weights, codes), (min, step)) in runs.zip(mins.iter().zip(steps)) {
+        let (min, step) = (_mm256_set1_ps(*min), _mm256_set1_ps(*step));
+        let (weights, _) = weights.as_chunks::<16>();
+        for (weights, codes) in weights.iter().zip(codes.as_chunks_mut().0) {
+            let (weights, _) = weights.as_chunks();
+            let mut halves = [_mm256_setzero_si256(); 2];
+            for (half, weights) in halves.iter_mut().zip(weights) {
+                let code = _mm256_div_ps(_mm256_add_ps(load(weights), min), step);
+                let bits = _mm256_castps_si256(_mm256_add_ps(code, rounder));
+                let code = _mm256_max_epi32(_mm256_and_si256(bits, mask), bottom);
+                *half = _mm256_sub_epi32(_mm256_min_epi32(code, top), bottom);
+            }
+            // Packing works within halves.
+            let words = _mm256_packus_epi32(halves[0], halves[1]);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let (words, more) = (
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            store_bytes(_mm_packus_epi16(words, more), codes);
+        }
     }
     true
 }

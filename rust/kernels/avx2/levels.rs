@@ -9,16 +9,17 @@ use crate::codebook::Levels;
 /// Weights of a run.
 pub(in crate::kernels) const WEIGHTS: usize = 32;
 
-/// Turns up to `LANES` runs (a multiple of eight) into one vector per place in a run; runs that are
-/// missing are zeros.
+/// Turns up to `lanes` runs (a multiple of eight, `LANES` at most) into one vector per place in a run;
+/// runs that are missing are zeros. `N` is a multiple of eight.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(in crate::kernels) fn transpose<const LANES: usize>(
-    runs: &[[f32; WEIGHTS]],
-    places: &mut [[f32; LANES]; WEIGHTS],
+pub(in crate::kernels) fn transpose<const LANES: usize, const N: usize>(
+    lanes: usize,
+    runs: &[[f32; N]],
+    places: &mut [[f32; LANES]; N],
 ) {
-    for first in (0..LANES).step_by(8) {
-        for place in (0..WEIGHTS).step_by(8) {
+    for first in (0..lanes.min(LANES)).step_by(8) {
+        for place in (0..N).step_by(8) {
             let mut rows = [_mm256_setzero_ps(); 8];
             for (row, run) in rows.iter_mut().zip(runs.iter().skip(first)) {
                 *row = load(&run.as_chunks().0[place / 8]);
@@ -118,8 +119,8 @@ pub(in crate::kernels) fn search_levels(
     let mut s = [[0.0; 8]; WEIGHTS];
     let batches = runs.chunks(8).zip(shares.as_chunks().0.chunks(8));
     for ((runs, shares), scales) in batches.zip(scales.chunks_mut(8)) {
-        transpose(runs, &mut x);
-        transpose(shares, &mut s);
+        transpose(8, runs, &mut x);
+        transpose(8, shares, &mut s);
         let (mut most, mut largest) = (zero, zero);
         for weights in &x {
             let weights = load(weights);

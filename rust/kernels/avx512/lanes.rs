@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
-use crate::kernels::search::lanes::{self, Lanes, Two, Vector};
+use crate::kernels::avx2::transpose;
+use crate::kernels::search::lanes::{self, Lanes, Two, Vector, MOST};
 use crate::kernels::search::{AffineSearch, Fit, Weigh};
 
 /// Proof that the processor has the instructions.
@@ -40,6 +41,17 @@ impl Lanes for Avx512 {
             Some(values) => unsafe { F16(_mm512_loadu_ps(values.as_ptr())) },
             None => self.splat(0.0),
         }
+    }
+
+    #[inline(always)]
+    fn transpose<const N: usize>(
+        self,
+        lanes: usize,
+        runs: &[[f32; N]],
+        columns: &mut [[f32; MOST]; N],
+    ) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { transpose(lanes, runs, columns) }
     }
 }
 
@@ -228,7 +240,13 @@ pub(in super::super) fn fit_symmetric(
 pub(in super::super) fn fit_descent(limit: u8, weights: &[f32], fits: &mut [Fit]) -> bool {
     // SAFETY: as above.
     let lanes = unsafe { Avx512::new() };
-    lanes::fit_descent(Two(lanes, lanes), limit, weights, fits);
+    // Each step of a descent waits for the one before: four vectors keep the processor busy.
+    let four = Two(Two(lanes, lanes), Two(lanes, lanes));
+    let many = fits.len() / 64 * 64;
+    let (fits, rest) = fits.split_at_mut(many);
+    lanes::fit_descent(four, limit, weights, fits);
+    let weights = weights.get(16 * many..).unwrap_or_default();
+    lanes::fit_descent(lanes, limit, weights, rest);
     true
 }
 

@@ -61,8 +61,8 @@ pub(in crate::kernels) fn search_levels(
     let mut s = [[0.0; 16]; WEIGHTS];
     let batches = runs.chunks(16).zip(shares.as_chunks().0.chunks(16));
     for ((runs, shares), scales) in batches.zip(scales.chunks_mut(16)) {
-        transpose(runs, &mut x);
-        transpose(shares, &mut s);
+        transpose(16, runs, &mut x);
+        transpose(16, shares, &mut s);
         let (mut most, mut largest) = (zero, zero);
         for weights in &x {
             let weights = load(weights);

@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Sub};
 use super::{AffineSearch, Fit, Weigh, EPSILON, ROUNDER};
 
 /// Most lanes of a vector.
-const MOST: usize = 32;
+pub const MOST: usize = 64;
 
 /// Makes vectors. To hold one is to know that the processor has the instructions.
 pub trait Lanes: Copy {
@@ -21,6 +21,14 @@ pub trait Lanes: Copy {
 
     /// The first values, one per lane; zeros if there are not enough.
     fn load(self, values: &[f32]) -> Self::Vector;
+
+    /// Turns `lanes` runs into one column per place in a run; runs that are missing are zeros.
+    fn transpose<const N: usize>(
+        self,
+        lanes: usize,
+        runs: &[[f32; N]],
+        columns: &mut [[f32; MOST]; N],
+    );
 }
 
 /// A vector of `f32`. Operators work lane by lane, each result rounded by itself.
@@ -98,13 +106,10 @@ impl<V: Vector> Nearest<V> {
 /// Lane k of vector i is number i of run `first + k`; runs beyond the end are zeros.
 #[inline(always)]
 fn runs<L: Lanes, const N: usize>(lanes: L, numbers: &[f32], first: usize) -> [L::Vector; N] {
-    let numbers = numbers.as_chunks::<N>().0.get(first..).unwrap_or_default();
+    let runs = numbers.as_chunks::<N>().0;
+    let runs = runs.get(first..).unwrap_or_default();
     let mut columns = [[0.0; MOST]; N];
-    for (k, numbers) in numbers.iter().take(L::Vector::COUNT).enumerate() {
-        for i in 0..N {
-            columns[i][k] = numbers[i];
-        }
-    }
+    lanes.transpose(L::Vector::COUNT, runs, &mut columns);
     let mut vectors = [lanes.splat(0.0); N];
     for i in 0..N {
         vectors[i] = lanes.load(&columns[i]);
@@ -503,6 +508,16 @@ impl<L: Lanes> Lanes for Two<L> {
     fn load(self, values: &[f32]) -> Self::Vector {
         let (low, high) = values.split_at(L::Vector::COUNT);
         Two(self.0.load(low), self.1.load(high))
+    }
+
+    #[inline(always)]
+    fn transpose<const N: usize>(
+        self,
+        lanes: usize,
+        runs: &[[f32; N]],
+        columns: &mut [[f32; MOST]; N],
+    ) {
+        self.0.transpose(lanes, runs, columns);
     }
 }
 
