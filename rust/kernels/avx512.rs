@@ -93,22 +93,37 @@ pub(super) fn narrow_f16(weights: &[f32], bytes: &mut [u8]) -> usize {
     16 * weights.len()
 }
 
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw")]
 pub(super) fn narrow_bf16(weights: &[f32], bytes: &mut [u8]) -> usize {
-    let (weights, _) = weights.as_chunks();
-    for (weights, brains) in weights.iter().zip(bytes.as_chunks_mut().0) {
-        let weights = load(weights);
-        let bits = _mm512_castps_si512(weights);
-        let high = _mm512_srli_epi32::<16>(bits);
-        let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-        let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-        let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-        // A NaN is cut off and made quiet.
-        let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(weights, weights);
-        let result = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
-        store_32_bytes(_mm512_cvtepi32_epi16(result), brains);
+    let (pairs, _) = weights.as_chunks::<32>();
+    // The upper half of each element of two vectors, in order.
+    let upper: [u16; 32] = std::array::from_fn(|index| 2 * index as u16 + 1);
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    let upper = unsafe { _mm512_loadu_si512(upper.as_ptr().cast()) };
+    for (weights, brains) in pairs.iter().zip(bytes.as_chunks_mut::<64>().0) {
+        let (vectors, _) = weights.as_chunks();
+        let vectors = [load(&vectors[0]), load(&vectors[1])];
+        let mut rounded = vectors.map(|weights| {
+            let bits = _mm512_castps_si512(weights);
+            // Half a step less one, and one more where the last bit that stays is set.
+            let is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+            let sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+            _mm512_mask_add_epi32(sum, is_odd, sum, _mm512_set1_epi32(1))
+        });
+        if _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(vectors[0], vectors[1]) != 0 {
+            // A NaN is cut off and made quiet.
+            for (rounded, weights) in rounded.iter_mut().zip(vectors) {
+                let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(weights, weights);
+                let bits = _mm512_castps_si512(weights);
+                let quiet = _mm512_set1_epi32(0x40_0000);
+                *rounded = _mm512_mask_or_epi32(*rounded, is_nan, bits, quiet);
+            }
+        }
+        let result = _mm512_permutex2var_epi16(rounded[0], upper, rounded[1]);
+        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
+        unsafe { _mm512_storeu_si512(brains.as_mut_ptr().cast(), result) }
     }
-    16 * weights.len()
+    32 * pairs.len()
 }
 
 /// Rounded to F16 and back.
