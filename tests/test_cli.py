@@ -279,3 +279,23 @@ def test_the_demo(command_line, tmp_path):
     assert shown.returncode == 0
     assert "FAILED" not in shown.stdout
     assert shown.stdout.count("passed") == sum(len(step["checks"]) for step in found["steps"])
+
+
+def test_inspect_shows_what_a_gguf_file_says_of_itself(tmp_path, command_line):
+    import numpy as np
+
+    import weightpack as wp
+
+    path = tmp_path / "model.gguf"
+    tokens = [f"t{index}" for index in range(100)]
+    template = "{% for message in messages %}" * 10
+    metadata = {"general.architecture": "llama", "llama.block_count": 2, "tokens": tokens, "template": template}
+    wp.gguf.write(path, {"w": np.zeros((2, 256), np.float32)}, metadata, types="Q4_K")
+    text = command_line("inspect", path).stdout
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "architecture llama" in lines
+    assert "llama.block_count 2" in lines
+    assert "tokens [str], 100 items" in lines
+    assert max(map(len, lines)) < 120
+    info = command_line.json("inspect", path)
+    assert (info["architecture"], info["metadata"]["llama.block_count"]) == ("llama", 2)

@@ -6,6 +6,7 @@ torch is never imported here: a torch tensor can only come from a program that h
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,13 +145,27 @@ def view_strided_output(array: Any) -> Bytes:
 
 
 def empty(shape: Sequence[int], dtype: str, *, torch: bool) -> Bytes:
-    """A new array of unknown content; a GGUF block type is not an element type and is refused."""
+    """A new array of unknown content; a GGUF block type is not an element type and is refused.
+
+    Raises `FormatError` for a shape that arrays cannot have, `MemoryError` for one that does not fit.
+    """
     numpy_dtype = NUMPY_DTYPES[dtype]
+    check_shape(shape)
     if torch:
         library = sys.modules["torch"]
         tensor = library.empty(tuple(shape), dtype=getattr(library, numpy_dtype.name))
         return view(tensor)
     return view(np.empty(tuple(shape), numpy_dtype))
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raises `FormatError` for a shape that arrays cannot have, even if it holds no weight."""
+    if math.prod(max(1, int(size)) for size in shape) > _MOST_WEIGHTS:
+        raise FormatError(f"an array cannot have shape {list(shape)}")
+
+
+_MOST_WEIGHTS = (1 << 60) - 1
+"""numpy counts the bytes of the sizes that are not zero in 63 bits; an element has up to 8."""
 
 
 def as_torch(array: NDArray[Any]) -> Any:

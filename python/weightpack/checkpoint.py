@@ -153,6 +153,9 @@ class Checkpoint(Mapping[str, Entry]):
         stored = _stored_name(dtype, entry)
         expected = _numpy_dtype(stored, name)
         if out is None:
+            from ._arrays import check_shape
+
+            check_shape(entry.shape)
             out = np.empty(entry.shape, expected)
         if isinstance(out, np.ndarray):
             given, flat = out.dtype.name, out.reshape(-1).view(np.uint8) if out.flags.c_contiguous else None

@@ -221,8 +221,11 @@ class CheckpointInfo(Report):
     """What the headers of a checkpoint say, without its weights.
 
     `formats` counts tensors and bytes by format, `problems` are sentences about what a loader would
-    stumble on, `method` the quantization method that the config names.
+    stumble on, `method` the quantization method that the config names, `architecture` what a GGUF file
+    says the model is.
     """
+
+    _derived: ClassVar[tuple[str, ...]] = ("architecture",)
 
     path: str
     container: str
@@ -235,6 +238,12 @@ class CheckpointInfo(Report):
     metadata: Mapping[str, Any]
     method: str | None
     problems: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str | None:
+        """What the model is, in the words of GGUF (`llama`, `flux`); `None` where nothing says so."""
+        found = self.metadata.get("general.architecture") if self.container == "gguf" else None
+        return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True, slots=True)

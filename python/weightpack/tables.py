@@ -94,8 +94,12 @@ def show_inspection(info: CheckpointInfo) -> None:
         ],
         right=(1, 2, 3),
     )
+    if info.container == "gguf":
+        _print("")
+        _table(("key", "value"), [(key, _value(value)) for key, value in info.metadata.items()])
     _lines(
         ("container", f"{info.container}, {_count(info.files, 'file')}"),
+        ("architecture", info.architecture or ""),
         ("weights", f"{info.weights} in {show_size(info.bytes)}, {info.bits_per_weight:.2f} bits per weight"),
         ("packed by", info.method or ""),
         *(("problem", problem) for problem in info.problems),
@@ -140,6 +144,20 @@ def show_formats(rows: Iterable[FormatInfo]) -> None:
         ],
         right=(2,),
     )
+
+
+_WIDTH_OF_VALUES = 60
+"""A chat template takes pages; its beginning is enough to know it."""
+
+
+def _value(value: Any) -> str:
+    """A metadata value in one short line."""
+    if isinstance(value, dict):
+        if "count" in value:
+            return f"[{value.get('type')}], {value['count']} items"
+        return f"{value.get('type')}, {value.get('bytes')} bytes"
+    text = " ".join((value if isinstance(value, str) else str(value)).split())
+    return text if len(text) <= _WIDTH_OF_VALUES else text[: _WIDTH_OF_VALUES - 1] + "…"
 
 
 def _ways(encodes: str) -> str:

@@ -76,8 +76,9 @@ impl Scales {
                 let word = u16::from_le_bytes(at(block, 0)?);
                 not_finite(word & 0x7f80 == 0x7f80, word & 0x007f)
             }
-            Scales::F32(place) => float(f32::from_le_bytes(at(block, place)?).into()),
-            Scales::F64 => float(f64::from_le_bytes(at(block, 0)?)),
+            Scales::F32(place) => float(f32::from_le_bytes(at(block, place)?)),
+            // What does not fit in f32 is read as infinite.
+            Scales::F64 => float(f64::from_le_bytes(at(block, 0)?) as f32),
             Scales::Exponent(place) => match block.get(place) {
                 Some(255) => Some("NaN"),
                 _ => None,
@@ -99,7 +100,7 @@ fn at<const N: usize>(block: &[u8], place: usize) -> Option<[u8; N]> {
     block.get(place..)?.first_chunk().copied()
 }
 
-fn float(value: f64) -> Option<&'static str> {
+fn float(value: f32) -> Option<&'static str> {
     if value.is_nan() {
         Some("NaN")
     } else if value.is_infinite() {

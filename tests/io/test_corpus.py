@@ -126,6 +126,7 @@ def test_safetensors_comes_to_the_same_verdict(peer: Callable[[str], ModuleType]
 
 NOT_READ_BY_GGUF_PY = {
     "good_64_gib_sparse": "a numpy view of 64 GiB is more than some machines map",
+    "good_empty_tensor_of_huge_rows": "numpy has no such shape",
     "good_nothing": "a file without tensors or pairs",
     "good_removed_type_last": "an unknown type is an error there",
     "good_unknown_type": "an unknown type is an error there",

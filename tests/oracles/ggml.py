@@ -146,6 +146,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "ggml_quantize_requires_imatrix": (ctypes.c_bool, [ctypes.c_int]),
     "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), [ctypes.c_int]),
+    "ggml_validate_row_data": (ctypes.c_bool, [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]),
     "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, InitParams]),
     "gguf_free": (None, [ctypes.c_void_p]),
     "gguf_get_n_tensors": (ctypes.c_int64, [ctypes.c_void_p]),

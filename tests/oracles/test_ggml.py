@@ -72,3 +72,21 @@ def test_rows_of_one_block_to_many(ggml: Ggml) -> None:
     for name in TYPES:
         mine = np.asarray(wp.quantize(array, f"gguf:{name.lower()}", threads=3)[""]).reshape(-1)
         assert np.array_equal(mine, ggml.quantize(name, array).reshape(-1))
+
+
+@pytest.mark.parametrize("row", wp.gguf.types(), ids=lambda row: row.name)
+def test_its_verdict_on_blocks(ggml: Ggml, tmp_path: Path, row: wp.gguf.TypeInfo) -> None:
+    if row.name in ("Q8_1", "Q8_K"):
+        pytest.skip("types of activations, which no file holds")
+    rng = np.random.default_rng(row.id)
+    blocks = rng.integers(0, 256, (400, row.block_bytes), dtype=np.uint8)
+    # Exponents of all ones are rare by chance.
+    blocks[::3] |= rng.choice(np.array([0, 0x7C, 0xFF], np.uint8), blocks[::3].shape)
+    path = tmp_path / "blocks.gguf"
+    wp.gguf.write(path, {str(index): (block, row.name) for index, block in enumerate(blocks)})
+    with wp.gguf.open(path) as file:
+        found = {int(problem.tensor) for problem in file.verify()}
+    validate = ggml.library.ggml_validate_row_data
+    theirs = {i for i, block in enumerate(blocks) if not validate(row.id, block.ctypes.data, row.block_bytes)}
+    assert found == theirs
+    assert bool(found) != (row.name in ("I8", "I16", "I32", "I64", "NVFP4"))

@@ -280,6 +280,7 @@ fn importance_is_the_quotient_of_sums_and_counts() {
         })
         .collect();
     let values = numbers(3 * 8 * 256, 1);
+    let mut weighed = 0;
     let writable = formats::FORMATS.iter().map(|format| format.info());
     for info in writable.filter(|info| info.container == "gguf" && info.encodes != Encodes::Never) {
         let task = |importance: Value| json!({"checkpoint": 0, "name": "w", "as": "t", "format": info.name, "importance": importance});
@@ -289,7 +290,108 @@ fn importance_is_the_quotient_of_sums_and_counts() {
         assert!(found == (vec![3, 8, 256], expected), "{}", info.name);
         let expected = encoded(info.name, &[3, 8, 256], &values, Some(vec![1.0; 256]));
         let found = convert(&[&source], task(json!({"checkpoint": null})));
-        assert!(found == (vec![3, 8, 256], expected), "{}: ones", info.name);
+        assert!(found.1 == expected, "{}: ones", info.name);
+        let plain = match info.encodes {
+            Encodes::Always => encoded(info.name, &[3, 8, 256], &values, None),
+            _ => Vec::new(),
+        };
+        weighed += usize::from(plain != expected);
+    }
+    assert!(weighed >= 10, "{weighed} formats look at importance");
+}
+
+#[test]
+fn importance_that_does_not_fit_is_refused_with_both_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = write(
+        &folder.path().join("model.safetensors"),
+        Container::Safetensors,
+        &[f32_array("w", &[8, 256], 1)],
+    );
+    let vector = |name, shape: &[u64], value: f32| {
+        let count: u64 = shape.iter().product();
+        (
+            name,
+            Dtype::F32,
+            shape.to_vec(),
+            bytes(&vec![value; count as usize]),
+        )
+    };
+    let imatrix = write(
+        &folder.path().join("imatrix.gguf"),
+        Container::Gguf,
+        &[
+            vector("narrow", &[1, 128], 1.0),
+            vector("stack", &[2, 256], 1.0),
+            vector("odd", &[3, 85], 1.0),
+            vector("negative", &[1, 256], -1.0),
+            vector("one", &[1], 1.0),
+            vector("two", &[2], 1.0),
+            ("half", Dtype::F16, vec![1, 256], vec![0; 512]),
+        ],
+    );
+    for (sums, counts, text) in [
+        (
+            "narrow",
+            "one",
+            "importance of 1 x 128 columns does not go with tensor \"t\" of shape [8, 256]",
+        ),
+        ("stack", "two", "importance of 2 x 256 columns"),
+        ("odd", "two", "255 sums, but 2 counts"),
+        ("negative", "one", "importance 0 is -1"),
+        ("half", "one", "stored as F16, expected F32"),
+        ("none", "one", "no such tensor"),
+    ] {
+        let from = json!({"checkpoint": 1, "sums": sums, "counts": counts});
+        let task = json!({"checkpoint": 0, "name": "w", "as": "t", "format": "gguf:q4_k", "importance": from});
+        let output = json!({"tensors": [task]});
+        let out = folder.path().join("o.gguf");
+        let Err(error) = try_plan(&[&source, &imatrix], &out, output, json!({})) else {
+            panic!("{sums} was planned");
+        };
+        let told = error.to_string();
+        assert!(told.contains(text), "{told}");
+        assert!(sums == "none" || told.contains("imatrix.gguf"), "{told}");
+        assert!(
+            text.len() < 60 || told.contains("model.safetensors"),
+            "{told}"
+        );
+    }
+}
+
+/// The plan knows what an importance takes, and that types which look at whole rows with it have
+/// tiles of rows.
+#[test]
+fn memory_is_planned_for_the_importance_and_for_whole_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let columns = 1 << 18;
+    let source = write(
+        &folder.path().join("model.safetensors"),
+        Container::Safetensors,
+        &[f32_array("w", &[2, columns], 1)],
+    );
+    for name in ["gguf:q8_0", "gguf:q4_0", "gguf:q4_k"] {
+        let plan = |importance: Value| {
+            let task = json!({"checkpoint": 0, "name": "w", "as": "t", "format": name, "importance": importance});
+            let options = json!({"threads": 1, "slab_bytes": 65536});
+            let out = folder.path().join("o.gguf");
+            try_plan(&[&source], &out, json!({"tensors": [task]}), options).unwrap()
+        };
+        let plain = plan(Value::Null).memory_bytes();
+        let weighed = plan(json!({"checkpoint": null})).memory_bytes();
+        let format = formats::find(name).unwrap();
+        let params = Params {
+            importance: Some(Importance::new(vec![1.0; columns as usize]).unwrap()),
+            ..Params::default()
+        };
+        let unit = format.layout(&[2, columns], &params).unwrap().unit_weights;
+        let row = 4 * columns;
+        match (format.weighs(), unit == columns) {
+            (false, _) => assert_eq!(weighed, plain, "{name}"),
+            (true, false) => assert_eq!(weighed, plain + row, "{name}"),
+            // The row itself and two tiles of it.
+            (true, true) => assert!(weighed > plain + 3 * row, "{name}"),
+        }
     }
 }
 

@@ -221,6 +221,7 @@ class GGUFFile:
         leading = tensor.shape[:-1]
         if tensor.type.startswith("type "):
             return data
+        _arrays.check_shape(tensor.shape)
         return data.reshape(*leading, tensor.nbytes // max(1, prod(leading)))
 
     def verify(self, *, threads: int | None = None) -> list[GGUFProblem]:
