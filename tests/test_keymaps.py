@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from weightpack import keymaps
+from weightpack.assembly import joined
 from weightpack.entry import Entry, Part
 from weightpack.errors import UnsupportedError
-from weightpack.assembly import joined
 
 VECTORS = Path(__file__).parent / "vectors" / "keymaps"
 GOLDEN = {name: json.loads((VECTORS / f"{name}.json").read_text("utf-8")) for name in keymaps.NAMES}

@@ -108,7 +108,7 @@ def _version(context: click.Context, wanted: bool) -> None:
     type=click.Choice(["source", "host"]),
     default="source",
     show_default=True,
-    help="GGUF to safetensors: tensor names of the file, or those of transformers.",
+    help="GGUF to safetensors: tensor names of the file, or those of transformers or diffusers.",
 )
 @click.option("--arch", metavar="NAME", help="GGUF: names of this architecture, or `none`.  [default: as detected]")
 @click.option(

@@ -113,8 +113,8 @@ def convert(
     same where there is no vector, "ref" without weights, as llama.cpp does. `requantize`: pack
     tensors of a GGUF source anew although they are packed.
 
-    For safetensors from GGUF: `names` "host" gives the tensors of a language model the names and the
-    order of rows that transformers has for them.
+    For safetensors from GGUF: `names` "host" gives the tensors the names and the order of rows that
+    transformers (language models) or diffusers (diffusion transformers) has for them.
 
     Gives a `ConvertReport`. Raises `ConfigError` for options that make no sense, `CheckpointError`,
     `FormatError` or `UnsupportedError` for input that is refused, all before anything is written;
@@ -352,6 +352,8 @@ def _hosts(opened: Sequence[Checkpoint], container: str, names: str) -> list[Hos
         raise ConfigError(f'names "{names}" is none of {", ".join(host_target.NAMES)}')
     if names == "host" and container == "gguf":
         raise ConfigError("names of a host are given to tensors of a safetensors file, and the result is none")
+    if container == "gguf":
+        return [HostModel(list(checkpoint.values())) for checkpoint in opened]
     return [host_target.prepare(checkpoint, list(checkpoint.values()), names) for checkpoint in opened]
 
 

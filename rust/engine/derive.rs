@@ -20,9 +20,9 @@ pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option
             let source = checkpoint.tensor(&assignment.name)?;
             check_weights(source, wanted)?;
             match whole_array(source) {
-                Some(array) => reshaped(array, wanted)?,
+                Some(array) if keeps_blocks(array.entry.dtype, wanted) => reshaped(array, wanted)?,
                 // Its weights are taken in order, and it cannot be copied into another shape.
-                None => return Ok(None),
+                _ => return Ok(None),
             }
         }
         (rows, wanted) => join(checkpoint, rows, wanted.as_deref())?,
@@ -37,6 +37,14 @@ fn whole_array(tensor: &Tensor) -> Option<&Stored> {
         [Some(array)] => Some(array),
         _ => None,
     }
+}
+
+/// Whether the rows of a tensor of this shape are whole blocks of its type.
+fn keeps_blocks(dtype: Dtype, wanted: &[u64]) -> bool {
+    let row = wanted.last().copied().unwrap_or(1);
+    dtype
+        .block()
+        .is_none_or(|(weights, _)| row.is_multiple_of(weights))
 }
 
 fn check_weights(source: &Tensor, wanted: &[u64]) -> Result<()> {
