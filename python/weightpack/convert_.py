@@ -8,7 +8,6 @@ written. The engine does the rest.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from .gguf_target import GgufModel, GgufOptions
 from .host_target import HostModel
 from .importance import open_importance
 from .layers import Layers, find_layers
-from .report import ConvertReport, ErrorStatistics, FileReport, TensorReport
+from .report import ConvertReport, finished_report, planned_report
 from .sizes import parse_size
 from .targets import CASTS, FormatInfo, find_format
 
@@ -170,7 +169,7 @@ def convert(
     from . import _rust
 
     plan = _rust.Plan.build(json.dumps(request), sources)
-    report = _planned(plan, src, dst, options.to, dry_run)
+    report = planned_report(json.loads(plan.describe()), str(src), str(dst), options.to.name, dry_run)
     warnings = [
         f"{model.component}: {warning}" if model.component else warning
         for model, checkpoint, one, target, host in zip(chosen, opened, decided, targets, hosts, strict=True)
@@ -183,7 +182,7 @@ def convert(
     report = replace(report, layers=named, left_out=tuple(left_out), warnings=tuple(dict.fromkeys(warnings)))
     if dry_run:
         return report
-    return _done(report, json.loads(plan.run(overwrite=overwrite, resume=resume, on_progress=on_progress)))
+    return finished_report(report, json.loads(plan.run(overwrite=overwrite, resume=resume, on_progress=on_progress)))
 
 
 def _options(
@@ -551,68 +550,3 @@ def _files(
         files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]
         left_out += others
     return files, left_out
-
-
-def _planned(plan: _rust.Plan, src: Path, dst: Path, to: FormatInfo, dry_run: bool) -> ConvertReport:
-    described = json.loads(plan.describe())
-    tensors = []
-    for row in described["tensors"]:
-        weights = math.prod(row["shape"])
-        folder = row["file"].rpartition("/")[0]
-        tensors.append(
-            TensorReport(
-                f"{folder}/{row['name']}" if folder else row["name"],
-                row["as"],
-                tuple(row["shape"]),
-                row["from"],
-                row["to"],
-                row["why"],
-                row["source_bytes"],
-                row["output_bytes"],
-                row["file"],
-                row["copied"],
-                8 * row["output_bytes"] / weights if weights else 0.0,
-            )
-        )
-    return ConvertReport(
-        str(src),
-        str(dst),
-        to.name,
-        dry_run,
-        described["plan_id"],
-        tuple(tensors),
-        tuple(FileReport(row["path"], row["bytes"]) for row in described["files"]),
-        described["source_bytes"],
-        described["output_bytes"],
-        described["memory_bytes"],
-        described["disk_free_bytes"],
-        described["threads"],
-    )
-
-
-def _done(planned: ConvertReport, run: Mapping[str, Any]) -> ConvertReport:
-    tensors = tuple(
-        replace(
-            tensor,
-            output_bytes=row["output_bytes"],
-            bits_per_weight=row["bits_per_weight"] or 0.0,
-            error=ErrorStatistics.from_dict(row["error"]),
-        )
-        for tensor, row in zip(planned.tensors, run["tensors"], strict=True)
-    )
-    sizes = {row["path"]: row["bytes"] for row in run["files"]}
-    folder = Path(planned.destination)
-    files = tuple(
-        replace(file, bytes=sizes.get(file.path, file.bytes) or (folder / file.path).stat().st_size)
-        for file in planned.files
-    )
-    return replace(
-        planned,
-        tensors=tensors,
-        files=files,
-        output_bytes=sum(file.bytes or 0 for file in files),
-        seconds=run["seconds"],
-        read_bytes=run["read_bytes"],
-        written_bytes=run["written_bytes"],
-        resumed_bytes=run["resumed_bytes"],
-    )

@@ -132,6 +132,10 @@ def prepare(
     if from_gguf and arch is None:
         # The tensors of a GGUF file have the names of its architecture already.
         arch = stored if stored in keymaps.NAMES else NONE
+    if model.component and arch not in (None, NONE):
+        # Of a pipeline, one component is meant; the others are what they are.
+        is_diffusers = model.config is not None and "_class_name" in model.config
+        arch = arch if (arch in keymaps.NAMES) == is_diffusers else None
     architecture = find_architecture(arch, model.config, [entry.name for entry in entries])
     plan = None
     if architecture is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -292,3 +293,69 @@ class DiffReport(Report):
     def worst(self) -> list[PairReport]:
         """The pairs, those with the lowest signal-to-noise ratio first."""
         return sorted(self.tensors, key=lambda pair: pair.error.snr_db)
+
+
+def planned_report(described: Mapping[str, Any], src: str, dst: str, to: str, dry_run: bool) -> ConvertReport:
+    """What is to be done, from the engine's description of its plan."""
+    tensors = []
+    for row in described["tensors"]:
+        weights = math.prod(row["shape"])
+        folder = row["file"].rpartition("/")[0]
+        tensors.append(
+            TensorReport(
+                f"{folder}/{row['name']}" if folder else row["name"],
+                row["as"],
+                tuple(row["shape"]),
+                row["from"],
+                row["to"],
+                row["why"],
+                row["source_bytes"],
+                row["output_bytes"],
+                row["file"],
+                row["copied"],
+                8 * row["output_bytes"] / weights if weights else 0.0,
+            )
+        )
+    return ConvertReport(
+        src,
+        dst,
+        to,
+        dry_run,
+        described["plan_id"],
+        tuple(tensors),
+        tuple(FileReport(row["path"], row["bytes"]) for row in described["files"]),
+        described["source_bytes"],
+        described["output_bytes"],
+        described["memory_bytes"],
+        described["disk_free_bytes"],
+        described["threads"],
+    )
+
+
+def finished_report(planned: ConvertReport, run: Mapping[str, Any]) -> ConvertReport:
+    """What was done, from the plan and the engine's account of its run."""
+    tensors = tuple(
+        replace(
+            tensor,
+            output_bytes=row["output_bytes"],
+            bits_per_weight=row["bits_per_weight"] or 0.0,
+            error=ErrorStatistics.from_dict(row["error"]),
+        )
+        for tensor, row in zip(planned.tensors, run["tensors"], strict=True)
+    )
+    sizes = {row["path"]: row["bytes"] for row in run["files"]}
+    folder = Path(planned.destination)
+    files = tuple(
+        replace(file, bytes=sizes.get(file.path, file.bytes) or (folder / file.path).stat().st_size)
+        for file in planned.files
+    )
+    return replace(
+        planned,
+        tensors=tensors,
+        files=files,
+        output_bytes=sum(file.bytes or 0 for file in files),
+        seconds=run["seconds"],
+        read_bytes=run["read_bytes"],
+        written_bytes=run["written_bytes"],
+        resumed_bytes=run["resumed_bytes"],
+    )

@@ -13,6 +13,7 @@ from weightpack.errors import CheckpointError, ConfigError, UnsupportedError
 
 from .conftest import normal, write_safetensors
 
+VECTORS = Path(__file__).parent.parent / "vectors"
 NAMES = [f"blk.{i}.{kind}.weight" for i in range(8) for kind in ("attn_q", "attn_v", "ffn_down")]
 
 
@@ -198,6 +199,28 @@ def test_importance_of_another_model(tmp_path):
 def test_options_that_make_no_sense(tmp_path, options, match):
     with pytest.raises(ConfigError, match=match):
         weightpack.convert(source(tmp_path / "m.safetensors"), tmp_path / "m.gguf", "q8_0", **options)
+
+
+def test_in_a_pipeline_an_architecture_is_that_of_one_component(tmp_path):
+    golden = json.loads((VECTORS / "keymaps" / "ltxv.json").read_text("utf-8"))
+    pipeline = tmp_path / "pipeline"
+    models = {
+        "transformer": ({"_class_name": golden["class"]}, golden["source"]),
+        "text_encoder": ({"model_type": "t5"}, {"shared.weight": [8, 64], "encoder.final_layer_norm.weight": [64]}),
+    }
+    for name, (config, shapes) in models.items():
+        (pipeline / name).mkdir(parents=True)
+        (pipeline / name / "config.json").write_text(json.dumps(config))
+        tensors = {key: normal(tuple(shape), dtype=np.float32) for key, shape in shapes.items()}
+        write_safetensors(pipeline / name / "model.safetensors", tensors)
+    parts = {name: ["library", "Class"] for name in models}
+    (pipeline / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **parts}))
+    weightpack.convert(pipeline, tmp_path / "out", "q8_0", arch="ltxv")
+    transformer = weightpack.inspect(next((tmp_path / "out" / "transformer").glob("*.gguf")))
+    assert transformer.metadata["general.architecture"] == "ltxv"
+    assert {tensor.name for tensor in transformer.tensors} == set(golden["reference"])
+    encoder = weightpack.inspect(next((tmp_path / "out" / "text_encoder").glob("*.gguf")))
+    assert {tensor.name for tensor in encoder.tensors} == set(models["text_encoder"][1])
 
 
 def test_options_of_gguf_need_a_gguf_file(tmp_path):
