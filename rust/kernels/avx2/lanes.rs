@@ -208,6 +208,8 @@ pub(in super::super) fn fit_affine(
 ) -> bool {
     // SAFETY: this function is called only where the processor has these features.
     let lanes = unsafe { Avx2::new() };
+    // One vector computes while the other waits for its sums.
+    let lanes = Two(lanes, lanes);
     match (size, search.absolute) {
         (16, true) => lanes::fit_affine::<_, 16, true>(lanes, search, weigh, weights, fits),
         (16, false) => lanes::fit_affine::<_, 16, false>(lanes, search, weigh, weights, fits),
@@ -227,6 +229,8 @@ pub(in super::super) fn fit_symmetric(
 ) -> bool {
     // SAFETY: as above.
     let lanes = unsafe { Avx2::new() };
+    // One vector computes while the other waits for its sums.
+    let lanes = Two(lanes, lanes);
     match size {
         16 => lanes::fit_symmetric::<_, 16>(lanes, limit, weigh, weights, fits),
         32 => lanes::fit_symmetric::<_, 32>(lanes, limit, weigh, weights, fits),
