@@ -161,4 +161,5 @@ def detect_family(config: Mapping[str, Any]) -> Family | None:
     classes = config.get("architectures")
     if isinstance(classes, list) and classes:
         return next((family for family in FAMILIES if classes[0] in family.classes), None)
-    return next((family for family in FAMILIES if config.get("model_type") in family.model_types), None)
+    kind = config.get("model_type")
+    return next((family for family in FAMILIES if kind in family.model_types), None)

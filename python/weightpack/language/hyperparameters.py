@@ -140,7 +140,7 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 def _check_activation(config: Mapping[str, Any], family: Family) -> None:
     name = config.get("hidden_activation") or config.get("hidden_act")
-    if name is not None and name not in family.activations:
+    if name is not None and str(name) not in family.activations:
         raise UnsupportedError(
             f'{family.architecture} runs with {min(family.activations)}, and the model uses "{name}"'
         )

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .text_files import object_at, objects_at
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
@@ -62,9 +64,9 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
     steps = _steps(tokenizer.get("pre_tokenizer"))
     if steps is None:
         return None
-    ignores = bool(tokenizer.get("model", {}).get("ignore_merges"))
-    normalizer = tokenizer.get("normalizer")
-    kind = None if normalizer is None else str(normalizer.get("type"))
+    ignores = bool(object_at(tokenizer.get("model"), "tokenizer.json: model").get("ignore_merges"))
+    normalizer = object_at(tokenizer.get("normalizer"), "tokenizer.json: normalizer")
+    kind = str(normalizer.get("type")) if normalizer else None
     for row in ROWS:
         if row.steps == steps and row.ignores_merges == ignores and kind in row.normalizers:
             return row.name
@@ -77,7 +79,8 @@ def _steps(described: Any) -> tuple[Step, ...] | None:
         return None
     kind = described.get("type")
     if kind == "Sequence":
-        inner = [_steps(one) for one in described.get("pretokenizers", [])]
+        parts = objects_at(described.get("pretokenizers"), "tokenizer.json: pretokenizers")
+        inner = [_steps(one) for one in parts]
         return None if None in inner else tuple(step for steps in inner for step in steps or ())
     if kind == "ByteLevel":
         if described.get("add_prefix_space"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from .text_files import object_at
 
 DEFAULT_BASE = 10000.0
 
@@ -98,7 +99,7 @@ def read_rotation(config: Mapping[str, Any]) -> tuple[Rotation, list[str]]:
     if not isinstance(whole, Mapping):
         raise CheckpointError("config.json: rope_parameters is not an object")
     sliding = whole.get("sliding_attention")
-    parameters = whole.get("full_attention", {} if sliding is not None else whole) or {}
+    parameters = object_at(whole.get("full_attention", {} if sliding is not None else whole), "rope_parameters")
     base = _base(parameters.get("rope_theta", config.get("rope_theta")))
     local = sliding.get("rope_theta") if isinstance(sliding, Mapping) else config.get("rope_local_base_freq")
     kind = str(parameters.get("rope_type", parameters.get("type")) or "default").lower()

@@ -17,6 +17,8 @@ _KEYS = {
 }
 """Key in the file, and key and type in GGUF below `general.sampling`."""
 
+_LARGEST = 2**31 - 1
+
 
 def sampling_metadata(folder: Path) -> list[Pair]:
     """The pairs that recommend how to draw tokens; none where the model does not say."""
@@ -29,4 +31,4 @@ def sampling_metadata(folder: Path) -> list[Pair]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .hyperparameters import Pair
+from .text_files import object_at, objects_at
 
 KEYS = {
     "bos": "bos",
@@ -59,8 +60,8 @@ def special_tokens(
         if isinstance(flag, bool):
             found.added.setdefault(kind, flag)
 
-    numbers: dict[str, int] = {}
-    for token in (tokenizer or {}).get("added_tokens") or []:
+    numbers: dict[str, Any] = {}
+    for token in objects_at((tokenizer or {}).get("added_tokens"), "tokenizer.json: added_tokens"):
         numbers.setdefault(str(token.get("content")), token.get("id"))
     pairs: list[Pair] = []
     for kind, word in KEYS.items():
@@ -89,7 +90,8 @@ def _apply_post_processor(found: SpecialTokens, described: Any) -> None:
             found.texts[kind] = found.texts[other]
     if not isinstance(described, Mapping):
         return
-    for processor in described.get("processors") or [described]:
+    inner = objects_at(described.get("processors"), "tokenizer.json: processors")
+    for processor in inner or [described]:
         if processor.get("type") == "ByteLevel":
             found.added.setdefault("bos", False)
             found.added.setdefault("eos", False)
@@ -98,7 +100,8 @@ def _apply_post_processor(found: SpecialTokens, described: Any) -> None:
 
 
 def _apply_template(found: SpecialTokens, template: Mapping[str, Any]) -> None:
-    single, pair = template.get("single") or [], template.get("pair") or []
+    where = "tokenizer.json: post_processor"
+    single, pair = objects_at(template.get("single"), where), objects_at(template.get("pair"), where)
     first = last = None
     if len(single) > 1:
         first, last = _special(single[0]), _special(single[-1])
@@ -129,12 +132,12 @@ def _apply_template(found: SpecialTokens, template: Mapping[str, Any]) -> None:
 
 
 def _special(part: Mapping[str, Any]) -> str | None:
-    text = (part.get("SpecialToken") or {}).get("id")
+    text = object_at(part.get("SpecialToken"), "tokenizer.json: SpecialToken").get("id")
     return text if isinstance(text, str) else None
 
 
 def _sequence(part: Mapping[str, Any]) -> str | None:
-    text = (part.get("Sequence") or {}).get("id")
+    text = object_at(part.get("Sequence"), "tokenizer.json: Sequence").get("id")
     return text if isinstance(text, str) else None
 
 

@@ -1,8 +1,9 @@
-"""Small text files of a model folder."""
+"""Small text files of a model folder, and the values in them: checked where they are taken out."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,21 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f'not UTF-8: {error} (file "{path}")') from None
+
+
+def object_at(value: Any, where: str) -> Mapping[str, Any]:
+    """`value` where it is an object, an empty one where there is none. `where` names it to people."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where} is no object")
+    return value
+
+
+def objects_at(value: Any, where: str) -> list[Mapping[str, Any]]:
+    """`value` where it is a list of objects, an empty one where there is none."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        raise CheckpointError(f"{where} is no list of objects")
+    return value

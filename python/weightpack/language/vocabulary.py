@@ -15,6 +15,7 @@ from ..errors import CheckpointError, UnsupportedError
 from .hyperparameters import Pair
 from .piece_model import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, PieceModel
 from .pre_tokenizers import find_pre_tokenizer
+from .text_files import object_at, objects_at
 
 SPACE = "\u2581"
 """The sign that stands for a space in vocabularies of sentencepiece."""
@@ -83,9 +84,10 @@ def added_tokens(rows: Any) -> list[AddedToken]:
     """The added tokens of a `tokenizer.json` (a list), or of `added_tokens_decoder` (an object from
     numbers)."""
     if isinstance(rows, Mapping):
-        rows = [{**row, "id": int(number)} for number, row in rows.items()]
+        named = {number: object_at(row, f"added token {number}") for number, row in rows.items()}
+        rows = [{**row, "id": int(number) if number.isdecimal() else None} for number, row in named.items()]
     found = []
-    for row in rows or []:
+    for row in objects_at(rows, "added tokens"):
         number, text = row.get("id"), row.get("content")
         if isinstance(number, bool) or not isinstance(number, int) or number < 0 or not isinstance(text, str):
             raise CheckpointError(f"added token {row!r} has no number or no text")
@@ -240,16 +242,17 @@ def _adds_space(tokenizer: Mapping[str, Any]) -> bool | None:
     """Whether a space goes before the text; `None` where spaces are treated in another way."""
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepended = {"type": "Prepend", "prepend": SPACE}
-    normalizer = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    steps = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
-    splitter = tokenizer.get("pre_tokenizer")
-    if splitter is None:
+    normalizer = object_at(tokenizer.get("normalizer"), "tokenizer.json: normalizer")
+    is_one = normalizer and normalizer.get("type") != "Sequence"
+    steps = [normalizer] if is_one else objects_at(normalizer.get("normalizers"), "tokenizer.json: normalizers")
+    splitter = object_at(tokenizer.get("pre_tokenizer"), "tokenizer.json: pre_tokenizer")
+    if not splitter:
         return {2: True, 1: False}.get(len(steps)) if steps in ([prepended, replaced], [replaced]) else None
     if splitter.get("type") == "Metaspace" and not steps and splitter.get("replacement") == SPACE:
         if splitter.get("split", True):
             return None
         scheme = splitter.get("prepend_scheme", "always")
-        return {"always": True, "first": True, "never": False}.get(scheme)
+        return {"always": True, "first": True, "never": False}.get(str(scheme))
     if splitter.get("type") == "Split" and steps == [replaced]:
         # Gemma splits at spaces that are no longer there.
         split_at_space = splitter.get("pattern") == {"String": " "}
