@@ -31,18 +31,15 @@ use half::f16;
 
 use super::ggml_search::nearest;
 use super::iq_neighbours::{self as neighbours, Grid, Place};
-use crate::kernels::Level;
+use crate::kernels::splits::{Best, Shifted, RUN_M, RUN_S};
+use crate::kernels::{self, Level};
 
 /// Weights of a block.
 const BLOCK: usize = 256;
 /// Weights of a group: they stand on a point together.
 const GROUP: usize = 8;
-/// Weights of a run.
-const RUN_S: usize = 32;
-const RUN_M: usize = 16;
-
 /// The levels, shifted up and down.
-const SHIFTED: [[f32; 3]; 2] = [[-0.875, 0.125, 1.125], [-1.125, -0.125, 0.875]];
+const SHIFTED: Shifted = [[-0.875, 0.125, 1.125], [-1.125, -0.125, 0.875]];
 
 /// What was found for a run. Its default is a run of zeros.
 #[derive(Clone, Copy, Default)]
@@ -55,7 +52,7 @@ struct Run {
 }
 
 /// Encodes IQ1_S blocks.
-pub fn encode_iq1_s(_level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
+pub fn encode_iq1_s(level: Level, weights: &[f32], importance: &[f32], blocks: &mut [u8]) {
     let grid = neighbours::iq1();
     let weights = weights.as_chunks().0.iter().zip(importance.as_chunks().0);
     for ((weights, importance), block) in weights.zip(blocks.as_chunks_mut::<50>().0) {
@@ -63,7 +60,7 @@ pub fn encode_iq1_s(_level: Level, weights: &[f32], importance: &[f32], blocks: 
         let mut runs = [Run::default(); BLOCK / RUN_S];
         let pieces = weights.as_chunks().0.iter().zip(shares.as_chunks().0);
         for (run, (weights, shares)) in runs.iter_mut().zip(pieces) {
-            *run = search_s(grid, weights, shares);
+            *run = search_s(grid, level, weights, shares);
         }
         let (d, scales) = scale_numbers(&runs);
         block[..2].copy_from_slice(&f16::from_f32(d * 1.125).to_le_bytes());
@@ -81,7 +78,7 @@ pub fn encode_iq1_s(_level: Level, weights: &[f32], importance: &[f32], blocks: 
 }
 
 /// Encodes IQ1_M blocks.
-pub fn encode_iq1_m(_level: Level, weights: &[f32], importance: Option<&[f32]>, blocks: &mut [u8]) {
+pub fn encode_iq1_m(level: Level, weights: &[f32], importance: Option<&[f32]>, blocks: &mut [u8]) {
     let grid = neighbours::iq1();
     let weights = weights.as_chunks().0.iter();
     for (index, (weights, block)) in weights.zip(blocks.as_chunks_mut::<56>().0).enumerate() {
@@ -90,7 +87,7 @@ pub fn encode_iq1_m(_level: Level, weights: &[f32], importance: Option<&[f32]>, 
         let mut runs = [Run::default(); BLOCK / RUN_M];
         let pieces = weights.as_chunks().0.iter().zip(shares.as_chunks().0);
         for (run, (weights, shares)) in runs.iter_mut().zip(pieces) {
-            *run = search_m(grid, weights, shares);
+            *run = search_m(grid, level, weights, shares);
         }
         let (d, scales) = scale_numbers(&runs);
         for (bytes, run) in block[..32].as_chunks_mut::<2>().0.iter_mut().zip(&runs) {
@@ -152,10 +149,8 @@ fn scale_numbers(runs: &[Run]) -> (f32, [u8; BLOCK / RUN_M]) {
 /// Places of the weights, sorted by value; equal ones in order.
 fn sorted<const N: usize>(weights: &[f32; N]) -> [usize; N] {
     let mut places = std::array::from_fn(|place| place);
-    places.sort_by(|&a, &b| {
-        let order = weights[a].partial_cmp(&weights[b]);
-        order.unwrap_or(std::cmp::Ordering::Equal)
-    });
+    // Adding zero makes zeros of both signs equal in the total order, which NaN does not upset.
+    places.sort_by(|&a, &b| (weights[a] + 0.0).total_cmp(&(weights[b] + 0.0)));
     places
 }
 
@@ -164,32 +159,7 @@ fn is_zeros(weights: &[f32], least: f32) -> bool {
     most < least
 }
 
-/// The best split so far.
-struct Best {
-    mark: f32,
-    scale: f32,
-    /// a, b and the choice of shifts.
-    split: Option<(usize, usize, usize)>,
-}
-
-impl Best {
-    const NONE: Best = Best {
-        mark: f32::MIN,
-        scale: 0.0,
-        split: None,
-    };
-
-    #[inline]
-    fn offer(&mut self, cross: f32, power: f32, split: (usize, usize, usize)) {
-        if power > 0.0 && cross * cross > self.mark * power {
-            self.scale = cross / power;
-            self.mark = self.scale * cross;
-            self.split = Some(split);
-        }
-    }
-}
-
-fn search_s(grid: &Grid, weights: &[f32; RUN_S], shares: &[f32; RUN_S]) -> Run {
+fn search_s(grid: &Grid, level: Level, weights: &[f32; RUN_S], shares: &[f32; RUN_S]) -> Run {
     if is_zeros(weights, 1e-12) {
         return Run::default();
     }
@@ -200,23 +170,13 @@ fn search_s(grid: &Grid, weights: &[f32; RUN_S], shares: &[f32; RUN_S]) -> Run {
         powers[j + 1] = powers[j] + shares[place];
     }
     let mut best = Best::NONE;
-    for a in 0..=RUN_S {
-        for b in a..=RUN_S {
-            for (shift, [low, middle, high]) in SHIFTED.into_iter().enumerate() {
-                let parts = |sums: &[f32; RUN_S + 1]| {
-                    (sums[a] - sums[0], sums[b] - sums[a], sums[RUN_S] - sums[b])
-                };
-                let (below, between, above) = parts(&crosses);
-                let cross = below * low + between * middle + above * high;
-                let (below, between, above) = parts(&powers);
-                let power = below * low * low + between * middle * middle + above * high * high;
-                best.offer(cross, power, (a, b, shift));
-            }
-        }
+    if !kernels::cut_s(level, &crosses, &powers, &SHIFTED, &mut best) {
+        cut_s(&crosses, &powers, &mut best);
     }
-    match best.split {
+    match best.cut {
         Some((a, b, shift)) => settle(
             grid,
+            level,
             weights,
             shares,
             levels_of(&places, a, b),
@@ -227,7 +187,7 @@ fn search_s(grid: &Grid, weights: &[f32; RUN_S], shares: &[f32; RUN_S]) -> Run {
     }
 }
 
-fn search_m(grid: &Grid, weights: &[f32; RUN_M], shares: &[f32; RUN_M]) -> Run {
+fn search_m(grid: &Grid, level: Level, weights: &[f32; RUN_M], shares: &[f32; RUN_M]) -> Run {
     if is_zeros(weights, 1e-7) {
         return Run::default();
     }
@@ -244,6 +204,41 @@ fn search_m(grid: &Grid, weights: &[f32; RUN_M], shares: &[f32; RUN_M]) -> Run {
         powers[half][j + 1] += shares[place];
     }
     let mut best = Best::NONE;
+    if !kernels::cut_m(level, &crosses, &powers, &SHIFTED, &mut best) {
+        cut_m(&crosses, &powers, &mut best);
+    }
+    match best.cut {
+        Some((a, b, choice)) => settle(
+            grid,
+            level,
+            weights,
+            shares,
+            levels_of(&places, a, b),
+            best.scale,
+            [choice / 2, choice % 2, 0, 0],
+        ),
+        None => Run::default(),
+    }
+}
+
+fn cut_s(crosses: &[f32; RUN_S + 1], powers: &[f32; RUN_S + 1], best: &mut Best) {
+    for a in 0..=RUN_S {
+        for b in a..=RUN_S {
+            for (shift, [low, middle, high]) in SHIFTED.into_iter().enumerate() {
+                let parts = |sums: &[f32; RUN_S + 1]| {
+                    (sums[a] - sums[0], sums[b] - sums[a], sums[RUN_S] - sums[b])
+                };
+                let (below, between, above) = parts(crosses);
+                let cross = below * low + between * middle + above * high;
+                let (below, between, above) = parts(powers);
+                let power = below * low * low + between * middle * middle + above * high * high;
+                best.offer(cross, power, (a, b, shift));
+            }
+        }
+    }
+}
+
+fn cut_m(crosses: &[[f32; RUN_M + 1]; 2], powers: &[[f32; RUN_M + 1]; 2], best: &mut Best) {
     for a in 0..=RUN_M {
         for b in a..=RUN_M {
             // By shift and half. The levels are 1 apart, so the sum over the three parts is that of
@@ -269,17 +264,6 @@ fn search_m(grid: &Grid, weights: &[f32; RUN_M], shares: &[f32; RUN_M]) -> Run {
             }
         }
     }
-    match best.split {
-        Some((a, b, choice)) => settle(
-            grid,
-            weights,
-            shares,
-            levels_of(&places, a, b),
-            best.scale,
-            [choice / 2, choice % 2, 0, 0],
-        ),
-        None => Run::default(),
-    }
 }
 
 /// Level of each weight: 0 for the first `a` of the sorted ones, 2 from the `b`th on, 1 between.
@@ -294,6 +278,7 @@ fn levels_of<const N: usize>(places: &[usize; N], a: usize, b: usize) -> [u8; N]
 /// Steps 3 and 4 of a run.
 fn settle<const N: usize>(
     grid: &Grid,
+    level: Level,
     weights: &[f32; N],
     shares: &[f32; N],
     mut levels: [u8; N],
@@ -325,7 +310,7 @@ fn settle<const N: usize>(
         codes[k] = digits.fold(0, |code, &level| code << 2 | u16::from(level));
         if let Place::Near(near) = grid.place(codes[k]) {
             all_on_grid = false;
-            codes[k] = nearest_point(near, x, shares, scale, &SHIFTED[shifts[k]]);
+            codes[k] = nearest_point(level, near, x, shares, scale, &SHIFTED[shifts[k]]);
         }
     }
     if !all_on_grid {
@@ -355,16 +340,22 @@ fn level_at(code: u16, i: usize) -> usize {
 
 /// The first of the points `near` with the smallest Σ s·(scale·q − x)².
 fn nearest_point(
+    level: Level,
     near: &[u16],
     x: &[f32; GROUP],
     shares: &[f32; GROUP],
     scale: f32,
     values: &[f32; 3],
 ) -> u16 {
+    let [low, middle, high] = values.map(|value| scale * value);
+    let scaled = [low, middle, high, 0.0];
+    if let Some(code) = kernels::nearest_point(level, near, x, shares, &scaled) {
+        return code;
+    }
     let mut terms = [[0.0; 4]; GROUP];
     for ((terms, x), share) in terms.iter_mut().zip(x).zip(shares) {
-        for (term, value) in terms.iter_mut().zip(values) {
-            let miss = scale * value - x;
+        for (term, scaled) in terms.iter_mut().zip(scaled) {
+            let miss = scaled - x;
             *term = share * miss * miss;
         }
     }

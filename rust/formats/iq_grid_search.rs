@@ -43,7 +43,8 @@ use half::f16;
 
 use super::ggml_search::{fit_positive, nearest, EPSILON};
 use super::iq_neighbours::{self as neighbours, Grid, Place};
-use crate::kernels::Level;
+use crate::kernels::points::{self, Tried, MOST_TRIES};
+use crate::kernels::{self, Level};
 
 /// Weights of a block.
 const BLOCK: usize = 256;
@@ -64,9 +65,8 @@ enum Refit {
 struct Kind {
     grid: fn() -> &'static Grid,
     run: usize,
-    /// Weights of a group, bits of a level in a code, number of levels.
+    /// Weights of a group, and number of levels.
     group: usize,
-    bits: usize,
     levels: i32,
     tries: i32,
     step: f32,
@@ -85,7 +85,6 @@ const IQ2_XXS: Kind = Kind {
     grid: neighbours::iq2_xxs,
     run: 32,
     group: 8,
-    bits: 2,
     levels: 3,
     tries: 6,
     step: 0.1,
@@ -118,7 +117,6 @@ const IQ3_XXS: Kind = Kind {
     grid: neighbours::iq3_xxs,
     run: 32,
     group: 4,
-    bits: 3,
     levels: 8,
     tries: 15,
     step: 0.2,
@@ -373,7 +371,7 @@ fn search_block(
 fn search_run<const G: usize>(
     kind: &Kind,
     grid: &Grid,
-    _level: Level,
+    level: Level,
     weights: &[f32],
     shares: &[f32],
 ) -> Run {
@@ -408,34 +406,49 @@ fn search_run<const G: usize>(
     for (root, share) in roots.iter_mut().zip(shares) {
         *root = share.sqrt();
     }
-    let roots = &roots[..kind.run];
 
-    let mut codes = [0; EIGHT];
-    let mut off_grid = [kind.refit == Refit::AllIfOneIsOff; EIGHT];
-    let mut mark = 0.0;
     let points = Points::<G> {
-        kind,
         grid,
-        x,
-        shares,
-        roots,
+        level,
+        run: points::Run {
+            x,
+            shares,
+            roots: &roots[..kind.run],
+            top: kind.levels - 1,
+        },
     };
-    for step in -kind.tries..=kind.tries {
-        let inverse = (top + step as f32 * kind.step) / largest;
-        let (tried, tried_off_grid) = points.near(inverse, 1.0 / inverse, None);
-        let (cross, power) = points.sums(&tried);
-        if power > 0.0 && cross * cross > mark * power {
+    let (mut inverses, mut scales) = ([0.0; MOST_TRIES], [0.0; MOST_TRIES]);
+    let steps = -kind.tries..=kind.tries;
+    let tries = steps.clone().count();
+    for ((inverse, scale), step) in inverses.iter_mut().zip(&mut scales).zip(steps) {
+        *inverse = (top + step as f32 * kind.step) / largest;
+        *scale = 1.0 / *inverse;
+    }
+    let tried = points.at(&inverses[..tries], &scales[..tries]);
+    let (mut mark, mut best) = (0.0, None);
+    let sums = tried.crosses.iter().zip(&tried.powers).take(tries);
+    for (index, (cross, power)) in sums.enumerate() {
+        if *power > 0.0 && cross * cross > mark * power {
             scale = cross / power;
             mark = scale * cross;
-            codes = tried;
-            off_grid = tried_off_grid;
+            best = Some(index);
         }
+    }
+    let mut codes = [0; EIGHT];
+    let mut off_grid = [kind.refit == Refit::AllIfOneIsOff; EIGHT];
+    if let Some(best) = best {
+        codes = tried.codes.map(|codes| codes[best] as u16);
+        off_grid = tried.off_grid.map(|tries| tries >> best & 1 == 1);
     }
     let groups = kind.run / G;
     let refits = kind.refit == Refit::Every || off_grid[..groups].contains(&true);
     if refits && scale > 0.0 {
-        let kept = (kind.refit == Refit::OffGrid).then_some((&codes, &off_grid));
-        (codes, _) = points.near(1.0 / scale, scale, kept);
+        let again = points.at(&[1.0 / scale], &[scale]).codes;
+        for ((code, again), is_off) in codes.iter_mut().zip(again).zip(off_grid) {
+            if is_off || kind.refit != Refit::OffGrid {
+                *code = again[0] as u16;
+            }
+        }
         let (cross, power) = points.sums(&codes);
         if power > 0.0 {
             scale = cross / power;
@@ -474,52 +487,50 @@ fn take_signs(
     signs
 }
 
-/// The weights of a run without signs, and what is needed to put them on the grid.
+/// A run without signs, and the grid to put it on.
 struct Points<'a, const G: usize> {
-    kind: &'a Kind,
     grid: &'a Grid,
-    x: &'a [f32],
-    shares: &'a [f32],
-    /// Square roots of the shares.
-    roots: &'a [f32],
+    level: Level,
+    run: points::Run<'a>,
 }
 
 impl<const G: usize> Points<'_, G> {
-    /// Codes of the run's groups at a scale, and whether rounding left the grid. Groups that are on
-    /// the grid in `kept` keep their code.
-    fn near(
-        &self,
-        inverse: f32,
-        scale: f32,
-        kept: Option<(&[u16; EIGHT], &[bool; EIGHT])>,
-    ) -> ([u16; EIGHT], [bool; EIGHT]) {
-        let (mut codes, mut off_grid) = ([0; EIGHT], [false; EIGHT]);
-        let groups = self
-            .x
-            .as_chunks::<G>()
-            .0
-            .iter()
-            .zip(self.roots.as_chunks().0);
-        for (k, (x, roots)) in groups.enumerate() {
-            if let Some((codes_kept, _)) = kept.filter(|(_, off_grid)| !off_grid[k]) {
-                codes[k] = codes_kept[k];
-                continue;
-            }
-            let digits = x.iter().rev();
-            let code = digits.fold(0, |code, x| {
-                code << self.kind.bits | level_of(inverse * x, self.kind.levels - 1) as u16
-            });
-            codes[k] = code;
-            if let Place::Near(near) = self.grid.place(code) {
-                off_grid[k] = true;
-                codes[k] = self.nearest(near, x, roots, scale);
-            }
+    const BITS: usize = if G == 8 { 2 } else { 3 };
+    const DIGIT: u16 = (1 << Self::BITS) - 1;
+
+    /// Points for the run at these scales.
+    fn at(&self, inverses: &[f32], scales: &[f32]) -> Tried {
+        let mut tried = Tried::default();
+        let lists = self.grid.lists();
+        if kernels::try_points(self.level, lists, self.run, inverses, scales, &mut tried) {
+            return tried;
         }
-        (codes, off_grid)
+        for (index, (&inverse, &scale)) in inverses.iter().zip(scales).enumerate() {
+            let (x, roots) = (self.run.x.as_chunks().0, self.run.roots.as_chunks().0);
+            let mut found = [0; EIGHT];
+            for (k, (x, roots)) in x.iter().zip(roots).enumerate() {
+                found[k] = self.rounded(x, inverse);
+                if let Place::Near(near) = self.grid.place(found[k]) {
+                    tried.off_grid[k] |= 1 << index;
+                    found[k] = Self::nearest(near, x, roots, scale);
+                }
+                tried.codes[k][index] = u32::from(found[k]);
+            }
+            (tried.crosses[index], tried.powers[index]) = self.sums(&found);
+        }
+        tried
+    }
+
+    /// The code of the levels that are nearest one by one.
+    fn rounded(&self, x: &[f32; G], inverse: f32) -> u16 {
+        let digits = x.iter().rev();
+        digits.fold(0, |code, x| {
+            code << Self::BITS | level_of(inverse * x, self.run.top) as u16
+        })
     }
 
     /// The first of the points `near` with the smallest Σ √s·(scale·q − x)².
-    fn nearest(&self, near: &[u16], x: &[f32; G], roots: &[f32; G], scale: f32) -> u16 {
+    fn nearest(near: &[u16], x: &[f32; G], roots: &[f32; G], scale: f32) -> u16 {
         let mut terms = [[0.0; 8]; G];
         for ((terms, x), root) in terms.iter_mut().zip(x).zip(roots) {
             for (l, term) in terms.iter_mut().enumerate() {
@@ -529,9 +540,9 @@ impl<const G: usize> Points<'_, G> {
         }
         let first = near.first().copied().unwrap_or(0);
         let (_, best) = near.iter().fold((f32::MAX, first), |(least, best), &code| {
-            let levels = (0..G).map(|i| usize::from(code >> (self.kind.bits * i)));
-            let loss = terms.iter().zip(levels).fold(0.0, |loss, (terms, level)| {
-                loss + terms[level & self.mask()]
+            let terms = terms.iter().enumerate();
+            let loss = terms.fold(0.0, |loss, (i, terms)| {
+                loss + terms[usize::from(code >> (Self::BITS * i) & Self::DIGIT)]
             });
             if loss < least {
                 (loss, code)
@@ -542,23 +553,17 @@ impl<const G: usize> Points<'_, G> {
         best
     }
 
-    fn mask(&self) -> usize {
-        (1 << self.kind.bits) - 1
-    }
-
     /// Σ s·x·q and Σ s·q·q.
     fn sums(&self, codes: &[u16; EIGHT]) -> (f32, f32) {
-        let groups = self
-            .x
-            .as_chunks::<G>()
-            .0
-            .iter()
-            .zip(self.shares.as_chunks::<G>().0);
+        let (x, shares) = (
+            self.run.x.as_chunks::<G>().0,
+            self.run.shares.as_chunks::<G>().0,
+        );
         let (mut cross, mut power) = (0.0, 0.0);
-        for ((x, shares), code) in groups.zip(codes) {
+        for ((x, shares), code) in x.iter().zip(shares).zip(codes) {
             for (i, (x, share)) in x.iter().zip(shares).enumerate() {
-                let level = usize::from(code >> (self.kind.bits * i)) & self.mask();
-                let q = (2 * level + 1) as f32;
+                let level = code >> (Self::BITS * i) & Self::DIGIT;
+                let q = f32::from(2 * level + 1);
                 cross += share * x * q;
                 power += share * q * q;
             }

@@ -19,20 +19,10 @@
 use std::sync::OnceLock;
 
 use super::iq_grids;
-
-/// Codes per step of a list: the widest vector's lanes.
-pub const STEP: usize = 16;
-/// Marks a place as the index of a point.
-pub const ON_GRID: u32 = 1 << 31;
+use crate::kernels::points::{Lists, ON_GRID, STEP};
 
 /// A grid and the lists of near points.
-pub struct Grid {
-    /// By code: [`ON_GRID`] and the index of the point, or where the code's list begins.
-    places: Vec<u32>,
-    /// Lists: a number of steps, then [`STEP`] codes for each. The last step is filled up with the
-    /// list's first code, which changes nothing where the first of the best is taken.
-    near: Vec<u16>,
-}
+pub struct Grid(Lists);
 
 /// Where a code stands.
 pub enum Place<'a> {
@@ -45,15 +35,20 @@ pub enum Place<'a> {
 impl Grid {
     /// Where `code` stands. Every digit must be a level of the grid.
     pub fn place(&self, code: u16) -> Place<'_> {
-        let place = self.places.get(usize::from(code)).copied();
+        let place = self.0.places.get(usize::from(code)).copied();
         // Codes with digits that are no levels do not come up; they are taken for the first point.
         let place = place.unwrap_or(ON_GRID);
         if place & ON_GRID != 0 {
             return Place::On(place as u16);
         }
-        let list = self.near.get(place as usize..).unwrap_or_default();
+        let list = self.0.near.get(place as usize..).unwrap_or_default();
         let (steps, codes) = list.split_first().unwrap_or((&0, &[]));
         Place::Near(&codes[..codes.len().min(usize::from(*steps) * STEP)])
+    }
+
+    /// All of it, for faster searches.
+    pub fn lists(&self) -> &Lists {
+        &self.0
     }
 
     /// Index of the point `code`.
@@ -109,7 +104,11 @@ impl Grid {
             near[start - 1] = steps as u16;
             near.resize(start + steps * STEP, near[start]);
         }
-        Grid { places, near }
+        Grid(Lists {
+            bits: bits as u32,
+            places,
+            near,
+        })
     }
 }
 

@@ -10,6 +10,8 @@ mod ggml;
 mod lanes;
 mod levels;
 mod mx;
+mod points;
+mod splits;
 mod ternary;
 
 pub(super) use decode_iq::*;
@@ -18,6 +20,8 @@ pub(super) use ggml::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
 pub(super) use mx::*;
+pub(super) use points::*;
+pub(super) use splits::*;
 pub(super) use ternary::*;
 
 use std::arch::x86_64::*;

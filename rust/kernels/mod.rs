@@ -15,7 +15,9 @@
 mod avx2;
 #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
 mod avx512;
+pub(crate) mod points;
 pub mod search;
+pub(crate) mod splits;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -178,6 +180,38 @@ offers! {
         inverses: &[f32],
         packed: &mut [u8],
     ) -> usize = 0;
+    /// Points for a run at up to [`points::MOST_TRIES`] scales, and their inverses; whether it was
+    /// done.
+    fn try_points [avx2 avx2] (
+        lists: &points::Lists,
+        run: points::Run<'_>,
+        inverses: &[f32],
+        scales: &[f32],
+        tried: &mut points::Tried,
+    ) -> bool = false;
+    /// The point near a group of eight weights that is the best, given the three levels times the
+    /// scale (and any number behind them), if it was looked for.
+    fn nearest_point [avx2 avx2] (
+        near: &[u16],
+        x: &[f32; 8],
+        shares: &[f32; 8],
+        scaled: &[f32; 4],
+    ) -> Option<u16> = None;
+    /// The best cut of an IQ1_S run, given sums over the sorted weights; whether it was done.
+    fn cut_s [avx2 avx2] (
+        crosses: &[f32; splits::RUN_S + 1],
+        powers: &[f32; splits::RUN_S + 1],
+        shifted: &splits::Shifted,
+        best: &mut splits::Best,
+    ) -> bool = false;
+    /// The best cut of an IQ1_M run, given sums over the sorted weights of each half; whether it was
+    /// done.
+    fn cut_m [avx2 avx2] (
+        crosses: &[[f32; splits::RUN_M + 1]; 2],
+        powers: &[[f32; splits::RUN_M + 1]; 2],
+        shifted: &splits::Shifted,
+        best: &mut splits::Best,
+    ) -> bool = false;
     /// Searches over runs of 16 or 32 weights (`crate::formats::ggml_search`); whether it was done.
     fn fit_affine [avx2 avx512] (
         size: usize,

@@ -416,6 +416,13 @@ stamp! {
     iq4_nl: |level| check_blocks::<ggml_iq::Iq4Nl>(level);
     iq4_nl_weighted: |level| check_weighted::<ggml_iq::Iq4Nl>(level);
     iq4_xs: |level| check_blocks::<ggml_iq::Iq4Xs>(level);
+    iq1_s_weighted: |level| check_weighted::<ggml_iq::Iq1S>(level);
+    iq1_m_weighted: |level| check_weighted::<ggml_iq::Iq1M>(level);
+    iq2_xxs_weighted: |level| check_weighted::<ggml_iq::Iq2Xxs>(level);
+    iq2_xs_weighted: |level| check_weighted::<ggml_iq::Iq2Xs>(level);
+    iq2_s_weighted: |level| check_weighted::<ggml_iq::Iq2S>(level);
+    iq3_xxs_weighted: |level| check_weighted::<ggml_iq::Iq3Xxs>(level);
+    iq3_s_weighted: |level| check_weighted::<ggml_iq::Iq3S>(level);
     iq4_xs_weighted: |level| check_weighted::<ggml_iq::Iq4Xs>(level);
     q4_0_weighted: |level| check_searched_blocks::<ggml_basic::Q4_0>(level);
     q4_1_weighted: |level| check_searched_blocks::<ggml_basic::Q4_1>(level);

@@ -41,19 +41,8 @@ def test_every_format_takes_every_float(name, dtype):
     error = decoded.astype(np.float64) - source.astype(np.float64)
     bits = next(info.bits_per_weight for info in wp.formats() if info.name == name)
     # Below three bits only weights that were trained for a type come back close.
-    bound = (
-        1.1
-        if bits < 2.5
-        else 0.5
-        if bits < 3
-        else 0.25
-        if bits < 3.2
-        else 0.2
-        if bits < 5
-        else 0.1
-        if bits < 8
-        else 0.02
-    )
+    bounds = {2.5: 1.1, 3: 0.5, 3.2: 0.25, 5: 0.2, 8: 0.1}
+    bound = next((bound for most, bound in bounds.items() if bits < most), 0.02)
     assert np.sqrt((error**2).mean() / (source.astype(np.float64) ** 2).mean()) < bound
 
 
