@@ -11,7 +11,7 @@ use criterion::measurement::WallTime;
 use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Throughput};
 use weightpack::codebook::{Codebook, FP4, NF4};
 use weightpack::float;
-use weightpack::formats::{bnb4, bnb8, ggml_basic, ggml_k, Block};
+use weightpack::formats::{bnb4, bnb8, ggml_basic, ggml_iq, ggml_k, Block};
 use weightpack::kernels::{self, Level};
 
 const WEIGHTS: usize = 4096;
@@ -176,7 +176,7 @@ fn ggml_block<B: Block>(criterion: &mut Criterion) {
 /// The search with importance.
 fn ggml_weighted<B: Block>(criterion: &mut Criterion) {
     let x = weights();
-    let importance: Vec<f32> = x.iter().map(|x| 1.0 + 30.0 * x).collect();
+    let importance: Vec<f32> = x.iter().map(|x| 1.0 + (30.0 * x).abs()).collect();
     let name = format!("encode_weighted_{}", B::DTYPE.name().to_lowercase());
     let blocks = vec![0u8; WEIGHTS / B::WEIGHTS * B::BYTES];
     rows(criterion, &name, blocks, |level, out| {
@@ -200,6 +200,17 @@ fn ggml(criterion: &mut Criterion) {
     ggml_weighted::<ggml_k::Q4K>(criterion);
     ggml_weighted::<ggml_k::Q5K>(criterion);
     ggml_weighted::<ggml_k::Q6K>(criterion);
+    ggml_block::<ggml_iq::Iq4Nl>(criterion);
+    ggml_block::<ggml_iq::Iq4Xs>(criterion);
+    ggml_block::<ggml_iq::Iq3S>(criterion);
+    ggml_block::<ggml_iq::Iq3Xxs>(criterion);
+    ggml_block::<ggml_iq::Iq2S>(criterion);
+    ggml_block::<ggml_iq::Iq1M>(criterion);
+    ggml_weighted::<ggml_iq::Iq4Nl>(criterion);
+    ggml_weighted::<ggml_iq::Iq4Xs>(criterion);
+    ggml_weighted::<ggml_iq::Iq2Xs>(criterion);
+    ggml_weighted::<ggml_iq::Iq2Xxs>(criterion);
+    ggml_weighted::<ggml_iq::Iq1S>(criterion);
 }
 
 /// What a conversion does to a tile: widen, encode, decode, compare.
