@@ -93,37 +93,86 @@ pub(super) fn narrow_f16(weights: &[f32], bytes: &mut [u8]) -> usize {
     16 * weights.len()
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 pub(super) fn narrow_bf16(weights: &[f32], bytes: &mut [u8]) -> usize {
+    if is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the processor has this feature too.
+        return unsafe { narrow_bf16_at_once(weights, bytes) };
+    }
     let (pairs, _) = weights.as_chunks::<32>();
+    for (weights, brains) in pairs.iter().zip(bytes.as_chunks_mut().0) {
+        store_64_bytes(rounded_to_bf16(pair(weights)), brains);
+    }
+    32 * pairs.len()
+}
+
+/// By the instruction for it, which has zeros for subnormal numbers: vectors that have one are left to
+/// [`rounded_to_bf16`].
+///
+/// # Safety
+///
+/// The processor has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
+unsafe fn narrow_bf16_at_once(weights: &[f32], bytes: &mut [u8]) -> usize {
+    const SUBNORMAL: i32 = 0x20;
+    let (pairs, _) = weights.as_chunks::<32>();
+    for (weights, brains) in pairs.iter().zip(bytes.as_chunks_mut().0) {
+        let vectors = pair(weights);
+        let [low, high] = vectors.map(|weights| _mm512_fpclass_ps_mask::<SUBNORMAL>(weights));
+        let rounded = if low | high == 0 {
+            // SAFETY: both are 64 bytes, and every pattern is one of either type.
+            unsafe {
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(
+                    vectors[1], vectors[0],
+                ))
+            }
+        } else {
+            rounded_to_bf16(vectors)
+        };
+        store_64_bytes(rounded, brains);
+    }
+    32 * pairs.len()
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pair(weights: &[f32; 32]) -> [__m512; 2] {
+    let (vectors, _) = weights.as_chunks();
+    [load(&vectors[0]), load(&vectors[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_64_bytes(vector: __m512i, bytes: &mut [u8; 64]) {
+    // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
+    unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }
+}
+
+/// 32 weights rounded to BF16, in order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn rounded_to_bf16(vectors: [__m512; 2]) -> __m512i {
     // The upper half of each element of two vectors, in order.
     let upper: [u16; 32] = std::array::from_fn(|index| 2 * index as u16 + 1);
     // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
     let upper = unsafe { _mm512_loadu_si512(upper.as_ptr().cast()) };
-    for (weights, brains) in pairs.iter().zip(bytes.as_chunks_mut::<64>().0) {
-        let (vectors, _) = weights.as_chunks();
-        let vectors = [load(&vectors[0]), load(&vectors[1])];
-        let mut rounded = vectors.map(|weights| {
+    let mut rounded = vectors.map(|weights| {
+        let bits = _mm512_castps_si512(weights);
+        // Half a step less one, and one more where the last bit that stays is set.
+        let is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+        let sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+        _mm512_mask_add_epi32(sum, is_odd, sum, _mm512_set1_epi32(1))
+    });
+    if _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(vectors[0], vectors[1]) != 0 {
+        // A NaN is cut off and made quiet.
+        for (rounded, weights) in rounded.iter_mut().zip(vectors) {
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(weights, weights);
             let bits = _mm512_castps_si512(weights);
-            // Half a step less one, and one more where the last bit that stays is set.
-            let is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
-            let sum = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-            _mm512_mask_add_epi32(sum, is_odd, sum, _mm512_set1_epi32(1))
-        });
-        if _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(vectors[0], vectors[1]) != 0 {
-            // A NaN is cut off and made quiet.
-            for (rounded, weights) in rounded.iter_mut().zip(vectors) {
-                let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(weights, weights);
-                let bits = _mm512_castps_si512(weights);
-                let quiet = _mm512_set1_epi32(0x40_0000);
-                *rounded = _mm512_mask_or_epi32(*rounded, is_nan, bits, quiet);
-            }
+            let quiet = _mm512_set1_epi32(0x40_0000);
+            *rounded = _mm512_mask_or_epi32(*rounded, is_nan, bits, quiet);
         }
-        let result = _mm512_permutex2var_epi16(rounded[0], upper, rounded[1]);
-        // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
-        unsafe { _mm512_storeu_si512(brains.as_mut_ptr().cast(), result) }
     }
-    32 * pairs.len()
+    _mm512_permutex2var_epi16(rounded[0], upper, rounded[1])
 }
 
 /// Rounded to F16 and back.
