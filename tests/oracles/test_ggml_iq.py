@@ -19,7 +19,7 @@ from weightpack.errors import UnsupportedError
 from ..weighted import quantize
 from .ggml import ENCODED_ON_GRIDS as TYPES
 from .ggml import NEED_IMPORTANCE, Ggml
-from .test_ggml_k import BLOCK, IMPORTANCE, SOURCES
+from .test_ggml_search import BLOCK, IMPORTANCE, SOURCES
 
 OVERFLOWING = ("squares_overflow", "huge")
 
