@@ -160,7 +160,7 @@ pub fn decode_array(
     }
     in_threads(work, |(run, mut rest)| {
         let mut scratch = Vec::new();
-        for tile in tiles(layout, run) {
+        for tile in output_tiles(layout, run, dtype) {
             let mut parts: formats::Parts<'_> = Default::default();
             for (part, (index, component)) in parts.iter_mut().zip(layout.sliced()) {
                 let range = component.span.range(tile.start, tile.end - tile.start);
@@ -241,7 +241,7 @@ pub fn decode_rows(
     in_threads(rows.chunks_mut(each).collect(), |rows| {
         let mut scratch = Vec::new();
         for (packed, weights) in rows {
-            for tile in tiles(&layout, 0..columns) {
+            for tile in output_tiles(&layout, 0..columns, dtype) {
                 let mut parts: formats::Parts<'_> = Default::default();
                 let range = component.span.range(tile.start, tile.end - tile.start);
                 parts[0] = get(packed, range)?;
@@ -318,6 +318,20 @@ fn worthwhile(weights: u64, threads: Option<usize>) -> u64 {
 /// The tiles of `run`.
 fn tiles(layout: &Layout, run: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     pieces(run, TILE_WEIGHTS, layout.unit_weights)
+}
+
+/// The tiles of `run` when it is decoded to `dtype`. What is rounded on the way to its place goes in
+/// tiles whose result the store buffer holds, so that it drains while the next one is decoded.
+fn output_tiles(
+    layout: &Layout,
+    run: Range<u64>,
+    dtype: Dtype,
+) -> impl Iterator<Item = Range<u64>> {
+    let weights = match dtype {
+        Dtype::F32 => TILE_WEIGHTS,
+        _ => TILE_WEIGHTS / 4,
+    };
+    pieces(run, weights, layout.unit_weights)
 }
 
 /// `whole` in pieces of `weights`, rounded up to a multiple of `unit`.
