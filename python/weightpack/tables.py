@@ -25,7 +25,7 @@ def show_plan(report: ConvertReport) -> None:
     _table(
         ("tensor", "shape", "from", "to", "bytes", "why"),
         [
-            (t.name, _shape(t.shape), t.source_format, "=" if t.copied else t.format, str(t.output_bytes), t.why)
+            (t.stored_as, _shape(t.shape), t.source_format, "=" if t.copied else t.format, str(t.output_bytes), t.why)
             for t in report.tensors
         ],
         right=(4,),
@@ -48,7 +48,7 @@ def show_conversion(report: ConvertReport) -> None:
         _table(
             ("tensor", "from", "to", "bits/weight", "SNR dB", "relative RMS", "max error", "cosine"),
             [
-                (t.name, t.source_format, t.format, f"{t.bits_per_weight:.2f}", *_error(t.error))
+                (t.stored_as, t.source_format, t.format, f"{t.bits_per_weight:.2f}", *_error(t.error))
                 for t in worst[:WORST_SHOWN]
             ],
             right=(3, 4, 5, 6, 7),
