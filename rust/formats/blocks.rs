@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::{Component, Format, Info, Layout, Params, Parts, PartsMut, Span};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::kernels::{self, Level};
@@ -20,6 +20,18 @@ pub enum Weighing {
     /// It changes the search, which also looks at the whole row.
     ByRow,
 }
+
+/// What the rows of ggml's types have in common.
+pub const GGML: Info = Info {
+    name: "",
+    short: None,
+    container: "gguf",
+    exactness: Exactness::Exact,
+    peer: "ggml 0.25.3",
+    reader: "llama.cpp",
+    bits_per_weight: 0.0,
+    encodes: Encodes::Always,
+};
 
 /// A numeric layout whose blocks stand alone: `WEIGHTS` weights in, `BYTES` bytes out.
 pub trait Block: Sync + Send + 'static {

@@ -11,8 +11,8 @@
 //! Source: ggml 0.25.3, `ggml-common.h`, `ggml-quants.c` (`dequantize_row_q8_K`; it has no function
 //! that decodes Q8_1).
 
-use super::blocks::{for_each_decoded, half_at, u32_at, Block, Blocks};
-use super::{Encodes, Exactness, Info};
+use super::blocks::{for_each_decoded, half_at, u32_at, Block, Blocks, GGML};
+use super::{Encodes, Info};
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -28,12 +28,9 @@ const fn info(name: &'static str, short: &'static str, bits_per_weight: f64) -> 
     Info {
         name,
         short: Some(short),
-        container: "gguf",
-        exactness: Exactness::Exact,
-        peer: "ggml 0.25.3",
-        reader: "llama.cpp",
         bits_per_weight,
         encodes: Encodes::Never,
+        ..GGML
     }
 }
 

@@ -43,12 +43,12 @@
 //! except for the sign of m where m is a zero of either sign: the first one's here and in ggml.
 
 use super::blocks::{
-    for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks, Weighing,
+    for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks, Weighing, GGML,
 };
 use super::ggml_search::{
     affine_codes, fit_affine_runs, fit_symmetric_runs, symmetric_codes, AffineSearch, Fit, Weigh,
 };
-use super::{Encodes, Exactness, Info};
+use super::Info;
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -78,12 +78,10 @@ const fn info(name: &'static str, short: &'static str, bytes: usize) -> Info {
     Info {
         name,
         short: Some(short),
-        container: "gguf",
-        exactness: Exactness::Exact,
         peer: "gguf-py 0.19, ggml 0.25.3",
         reader: "llama.cpp, gguf-py, diffusers, transformers",
         bits_per_weight: 8.0 * bytes as f64 / WEIGHTS as f64,
-        encodes: Encodes::Always,
+        ..GGML
     }
 }
 

@@ -43,7 +43,7 @@
 
 use half::f16;
 
-use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks, Weighing};
+use super::blocks::{for_each_decoded, half_at, u16_at, u32_at, Block, Blocks, Weighing, GGML};
 use super::{iq1_search, iq4_search, iq_grid_search, iq_grids};
 use super::{Encodes, Exactness, Info};
 use crate::dtype::Dtype;
@@ -100,12 +100,10 @@ const fn info(
     Info {
         name,
         short: Some(short),
-        container: "gguf",
-        exactness: Exactness::Exact,
-        peer: "ggml 0.25.3",
         reader,
         bits_per_weight,
         encodes,
+        ..GGML
     }
 }
 
@@ -252,7 +250,11 @@ impl Block for Iq3Xxs {
 }
 
 impl Block for Iq3S {
-    const INFO: Info = info("gguf:iq3_s", "iq3_s", 3.4375, GRID_READERS, Encodes::Always);
+    const INFO: Info = Info {
+        // ggml loses the weights behind such a run.
+        exactness: Exactness::ExactGiven("no run of 32 zeros"),
+        ..info("gguf:iq3_s", "iq3_s", 3.4375, GRID_READERS, Encodes::Always)
+    };
     const DTYPE: Dtype = Dtype::IQ3_S;
     const WEIGHTS: usize = WEIGHTS;
     const BYTES: usize = 110;

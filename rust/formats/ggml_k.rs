@@ -41,9 +41,9 @@
 //! Source: ggml 0.25.3, `ggml-quants.c` (`quantize_row_q*_K_ref`, `quantize_row_q*_K_impl`,
 //! `dequantize_row_q*_K`), built for x86-64 without fused multiply-add.
 
-use super::blocks::{half_at, Block, Blocks, Weighing};
+use super::blocks::{half_at, Block, Blocks, Weighing, GGML};
 use super::ggml_k_encode;
-use super::{Encodes, Exactness, Info};
+use super::Info;
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -71,12 +71,9 @@ const fn info(name: &'static str, short: &'static str, bytes: usize) -> Info {
     Info {
         name,
         short: Some(short),
-        container: "gguf",
-        exactness: Exactness::Exact,
-        peer: "ggml 0.25.3",
         reader: "llama.cpp, gguf-py, diffusers, transformers",
         bits_per_weight: 8.0 * bytes as f64 / WEIGHTS as f64,
-        encodes: Encodes::Always,
+        ..GGML
     }
 }
 

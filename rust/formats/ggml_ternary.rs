@@ -31,8 +31,8 @@
 //! Source: ggml 0.25.3, `ggml-quants.c` (`quantize_row_*_ref`, `dequantize_row_*`). gguf-py 0.19 has
 //! TQ1_0 and TQ2_0 and gives the same bytes.
 
-use super::blocks::{for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks};
-use super::{Encodes, Exactness, Info};
+use super::blocks::{for_each_decoded, for_each_encoded, half_at, put_half, Block, Blocks, GGML};
+use super::Info;
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -62,12 +62,9 @@ const fn info(
     Info {
         name,
         short: Some(short),
-        container: "gguf",
-        exactness: Exactness::Exact,
-        peer: "ggml 0.25.3",
         reader,
         bits_per_weight,
-        encodes: Encodes::Always,
+        ..GGML
     }
 }
 

@@ -32,8 +32,8 @@
 //! `dequantize_row_*`), `ggml-impl.h` (`ggml_e8m0_to_fp32_half`, `ggml_ue4m3_to_fp32`). gguf-py 0.19
 //! decodes both to the same numbers.
 
-use super::blocks::{for_each_decoded, for_each_encoded, Block, Blocks};
-use super::{Encodes, Exactness, Info};
+use super::blocks::{for_each_decoded, for_each_encoded, Block, Blocks, GGML};
+use super::Info;
 use crate::codebook::{
     floor_log2, half_of_e8m0, half_of_ue4m3, nearest_e2m1, to_ue4m3, E2M1_DOUBLED, HALVES_OF_E8M0,
     HALVES_OF_UE4M3,
@@ -52,14 +52,10 @@ pub static NVFP4_FORMAT: Blocks<NvFp4> = Blocks::new();
 const fn info(name: &'static str, bits_per_weight: f64) -> Info {
     Info {
         name,
-        // Other backends have formats of these names.
-        short: None,
-        container: "gguf",
-        exactness: Exactness::Exact,
-        peer: "ggml 0.25.3",
+        // No short name: other backends have formats of these names.
         reader: "llama.cpp, gguf-py",
         bits_per_weight,
-        encodes: Encodes::Always,
+        ..GGML
     }
 }
 
