@@ -197,7 +197,14 @@ def test_an_interruption_is_exit_code_130_and_leaves_no_result(tmp_path):
         tmp_path / "x.safetensors", {f"l.{i}.weight": ("F32", [4096, 1024], bytes(16 << 20)) for i in range(24)}
     )
     words = [sys.executable, "-m", "weightpack", "convert", str(source), str(tmp_path / "new"), "--threads", "1"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, interrupts are ignored unless asked for.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and not list(tmp_path.glob("new.partial-*")):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

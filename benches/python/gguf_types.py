@@ -14,6 +14,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,14 @@ def find_ggml() -> Ggml | None:
 
 
 def best(contenders: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Least seconds of each contender; they take turns, so that noise hits all of them."""
+    """Least seconds of each contender. They take turns, in another order each time: noise hits all of
+    them, and none always finds what the same one before it left in the caches."""
     least = dict.fromkeys(contenders, float("inf"))
     for contender in contenders.values():
         contender()
+    order = random.Random(1)
     for _ in range(runs):
-        for name, contender in contenders.items():
+        for name, contender in order.sample(list(contenders.items()), len(contenders)):
             started = time.perf_counter()
             contender()
             least[name] = min(least[name], time.perf_counter() - started)
