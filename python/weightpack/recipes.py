@@ -33,7 +33,7 @@ from typing import Any
 from .errors import ConfigError, WeightpackError
 from .mapping import Facts
 from .overrides import load_toml
-from .targets import FormatInfo, choose, format_table
+from .targets import FormatInfo, choose, format_table, match
 
 FOLDER = Path(__file__).parent / "recipes" / "gguf"
 LLAMA, IMAGE = "llama.cpp", "image"
@@ -297,7 +297,8 @@ def find_target(name: str) -> FormatInfo:
 
     Raises `ConfigError` for a name that is neither.
     """
-    return choose(name, (*format_table(), *recipe_rows()))
+    # Most names are formats, and need no recipe to be read.
+    return match(name, format_table()) or choose(name, (*format_table(), *recipe_rows()))
 
 
 def find_recipe(target: FormatInfo, family_name: str) -> Recipe | None:

@@ -64,13 +64,19 @@ def find_format(name: str) -> FormatInfo:
     return choose(name, format_table())
 
 
+def match(name: str, table: Iterable[FormatInfo]) -> FormatInfo | None:
+    """The row of `table` that `name` is the full or short name of, in any case."""
+    wanted = name.strip().lower()
+    return next((row for row in table if wanted in (row.name, row.short)), None)
+
+
 def choose(name: str, table: Iterable[FormatInfo]) -> FormatInfo:
     """As `find_format`, from the rows of `table`."""
     rows = list(table)
+    row = match(name, rows)
+    if row is not None:
+        return row
     wanted = name.strip().lower()
-    for row in rows:
-        if wanted == row.name or (row.short is not None and wanted == row.short):
-            return row
     endings = [row.name for row in rows if row.name.partition(":")[2] == wanted]
     if endings:
         raise ConfigError(f'format "{name}" needs its backend', hint=f"write {' or '.join(endings)}")
