@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,24 @@ def find_peer(name: str) -> ModuleType:
             pytest.fail(reason)
         pytest.skip(reason)
     return importlib.import_module(name)
+
+
+def interrupt_at_work(command: Sequence[str], destination: Path) -> tuple[int, str]:
+    """Starts a conversion and interrupts it once its workspace is there; gives its exit code and
+    what it wrote to standard error."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, interrupts are ignored unless asked for.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and not list(destination.parent.glob(f"{destination.name}.partial-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    return process.returncode, told
 
 
 @pytest.fixture(scope="session")

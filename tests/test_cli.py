@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 
 from weightpack.targets import format_table
 
-from .conftest import write_safetensors
+from .conftest import interrupt_at_work, write_safetensors
 
 
 def test_version_and_help(command_line):
@@ -197,19 +196,8 @@ def test_an_interruption_is_exit_code_130_and_leaves_no_result(tmp_path):
         tmp_path / "x.safetensors", {f"l.{i}.weight": ("F32", [4096, 1024], bytes(16 << 20)) for i in range(24)}
     )
     words = [sys.executable, "-m", "weightpack", "convert", str(source), str(tmp_path / "new"), "--threads", "1"]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Where the tests run in the background, interrupts are ignored unless asked for.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and not list(tmp_path.glob("new.partial-*")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130, told
+    returncode, told = interrupt_at_work(words, tmp_path / "new")
+    assert returncode == 130, told
     assert told.splitlines() == ["error: interrupted", "hint: the same command with --resume goes on from here"]
     assert not (tmp_path / "new").exists()
 

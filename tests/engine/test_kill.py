@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ..conftest import interrupt_at_work
 from .conftest import command, digest, layers, run
 
 KILLS = 50
@@ -113,19 +114,8 @@ def test_interrupt_is_seen_at_once_and_can_be_resumed(make_model: Callable[..., 
     run(*words)
     expected = digest(target)
     remove(target)
-    process = subprocess.Popen(
-        command(*words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Where the tests run in the background, interrupts are ignored unless asked for.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and not list(tmp_path.glob("out.partial-*")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    if process.returncode == 130:
+    returncode, errors = interrupt_at_work(command(*words), target)
+    if returncode == 130:
         assert "--resume" in errors
         assert not target.exists()
         run(*words, "--resume")
