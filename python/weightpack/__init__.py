@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     )
     from .formats_ import dequantize, formats, pack_int4, quantize, unpack_int4
     from .inspect_ import CheckpointInfo, inspect
+    from .quantizers.auto import AutoQuantizer, register_quantizer
+    from .quantizers.base import Quantizer
+    from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .targets import FormatInfo
 
     __version__: str
 
 _NAMES = {
+    "AutoQuantizer": "quantizers.auto",
     "BackendError": "errors",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
@@ -37,6 +41,9 @@ _NAMES = {
     "DiffReport": "diff_",
     "FormatError": "errors",
     "FormatInfo": "targets",
+    "QuantizationConfig": "quantizers.config",
+    "QuantizationMethod": "quantizers.config",
+    "Quantizer": "quantizers.base",
     "UnsupportedError": "errors",
     "WeightpackError": "errors",
     "__version__": "_rust",
@@ -49,10 +56,12 @@ _NAMES = {
     "open_checkpoint": "checkpoint",
     "pack_int4": "formats_",
     "quantize": "formats_",
+    "register_quantizer": "quantizers.auto",
     "unpack_int4": "formats_",
 }
 
 __all__ = [
+    "AutoQuantizer",
     "BackendError",
     "Checkpoint",
     "CheckpointError",
@@ -62,6 +71,9 @@ __all__ = [
     "DiffReport",
     "FormatError",
     "FormatInfo",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "Quantizer",
     "UnsupportedError",
     "WeightpackError",
     "__version__",
@@ -74,6 +86,7 @@ __all__ = [
     "open_checkpoint",
     "pack_int4",
     "quantize",
+    "register_quantizer",
     "unpack_int4",
 ]
 

@@ -1,0 +1,1 @@
+"""Loading models, packed while they are read."""

@@ -1,0 +1,242 @@
+"""The quantizer: one object that leads a backend through the loading of one model.
+
+`weightpack.from_pretrained` calls the hooks in this order; the adapters to the hosts map the hosts'
+own hooks onto them. A seventh backend overrides those marked *, and may override the others.
+
+| step | hook | who calls it, and what it does |
+|---|---|---|
+| environment | `validate_environment` | before anything is built: packages, versions, device |
+| dtype | `update_torch_dtype` | the type of everything that is not packed |
+| devices | `update_device_map` | what the caller asked for, or the backend's own choice |
+| skeleton | `preprocess_model` | model on meta: chooses the layers, sets `quantized`, then `replace_layer`* for each |
+| sizes | `packed_bytes`, `adjust_max_memory` | for `device_map="auto"` |
+| keys | `component_of`* | which stored arrays belong to one packed weight |
+| | `update_missing_keys` | drops keys that need not be in the file |
+| weights | `check_if_quantized_param` | for each parameter: is it the quantizer's? |
+| | `packing` | how the engine packs it on its way from the file; `None`: the backend packs it itself |
+| | `create_quantized_param`* | sets the parameter, from a full-precision tensor or packed components |
+| end | `postprocess_model` | everything is in place |
+| later | `dequantize` | back to ordinary layers |
+
+`is_serializable`, `is_trainable` and `is_compileable` say what the result can do.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .._lazy import require
+from ..errors import BackendError
+from ..matcher import Matcher
+from .config import QuantizationConfig
+from .modules import replace_layers
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that a backend needs: its import name, the oldest release that works, what it does."""
+
+    package: str
+    minimum: str
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the engine packs a weight: `format` is a full format name (`bitsandbytes:nf4`), `params` its
+    choices. `through` is the element type (`BF16`) that weights are rounded to before they are
+    encoded, `None` for the stored one. `transpose`: the file holds the matrix the other way round."""
+
+    format: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    through: str | None = None
+    transpose: bool = False
+
+
+class Quantizer(ABC):
+    """Base of all quantizers.
+
+    `config` is the quantization config, `pre_quantized` whether the checkpoint is packed already.
+    After `preprocess_model`, `quantized` maps the path of each layer that the quantizer took over to
+    the entry of the model before (its class), and `modules_to_not_convert` is the effective skip list.
+    """
+
+    name: ClassVar[str]
+    """Name in the registry."""
+    requirements: ClassVar[tuple[Requirement, ...]] = ()
+
+    is_serializable: bool = False
+    """Whether what it makes can be saved."""
+    is_trainable: bool = False
+    """Whether adapters can be trained on top of it."""
+    is_compileable: bool = False
+    """Whether `torch.compile` takes the model."""
+
+    def __init__(self, config: QuantizationConfig, *, pre_quantized: bool = True) -> None:
+        self.config = config
+        self.pre_quantized = pre_quantized
+        self.modules_to_not_convert: list[str] = []
+        self.quantized: dict[str, type] = {}
+        self.torch_dtype: Any = None
+
+    # Before the model is built.
+
+    def validate_environment(self, *, torch_dtype: Any = None, device_map: Any = None) -> None:
+        """Raises `BackendError` that names what is missing and how to get it."""
+        for needed in self.requirements:
+            module = require(needed.package, needed.purpose)
+            check_version(needed, str(getattr(module, "__version__", "") or _metadata_version(needed.package)))
+
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """The `torch.dtype` of what is not packed; `torch_dtype` is the caller's choice or the
+        checkpoint's own type, `None` where neither is known."""
+        return torch_dtype if torch_dtype is not None else require("torch", "load models").float32
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The device map to load with; `None` leaves the model on the CPU."""
+        return device_map
+
+    # The skeleton on the meta device.
+
+    def preprocess_model(
+        self,
+        model: Any,
+        *,
+        skip: Iterable[str] = (),
+        keep_in_fp32: Iterable[str] = (),
+        packed: Collection[str] | None = None,
+    ) -> None:
+        """Chooses the layers, and puts the backend's in their place.
+
+        `skip` are modules that the host protects, `keep_in_fp32` those it keeps in float32; the
+        config's own list comes on top. `packed` are the parameters (`a.b.weight`) that the checkpoint
+        holds in packed form: then these decide, and not the lists.
+        """
+        self.modules_to_not_convert = list(dict.fromkeys([*self.config.skip_list, *skip, *keep_in_fp32]))
+        matcher = Matcher(self.modules_to_not_convert)
+        own = Matcher(self.config.skip_list)
+        paths: list[str] = []
+
+        def choose(path: str, module: Any) -> Any:
+            if not self.takes(path, module):
+                return None
+            paths.append(path)
+            if packed is not None and self.pre_quantized:
+                if f"{path}.weight" not in packed:
+                    return None
+            elif matcher.matches(path):
+                return None
+            new = self.replace_layer(path, module)
+            if new is not None:
+                self.quantized[path] = type(module)
+            return new
+
+        replace_layers(model, choose)
+        if packed is None:
+            for entry in own.unused(paths):
+                warnings.warn(f'the entry "{entry}" of the skip list names no layer of the model', stacklevel=3)
+
+    def takes(self, path: str, module: Any) -> bool:
+        """Whether the backend has a layer for `module`: by default for `torch.nn.Linear` itself."""
+        return type(module) is require("torch", "load models").nn.Linear
+
+    @abstractmethod
+    def replace_layer(self, path: str, module: Any) -> Any:
+        """The backend's layer for `module` on the meta device, `module` itself where it stays as it is and
+        only its weight is packed, or `None` where it is left alone."""
+
+    def packed_bytes(self, model: Any, name: str) -> int | None:
+        """Bytes that parameter `name` takes once it is packed, statistics included; `None` where it is
+        not packed. By default what `packing` says."""
+        if not self.check_if_quantized_param(model, name):
+            return None
+        chosen = self.packing(model, name)
+        shape = self.weight_shape(model, name)
+        if chosen is None or shape is None:
+            return None
+        from .. import _rust
+
+        components = json.loads(_rust.layout(chosen.format, list(shape), json.dumps(dict(chosen.params))))
+        return sum(int(component["bytes"]) for component in components)
+
+    def weight_shape(self, model: Any, name: str) -> tuple[int, ...] | None:
+        """Shape of the full-precision weight that parameter `name` stands for, where it is known."""
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            return (int(layer.out_features), int(layer.in_features))
+        return None
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """The budget of each device for `device_map="auto"`. Sizes are those of the packed weights."""
+        return max_memory
+
+    # The weights.
+
+    def component_of(self, key: str) -> tuple[str, str] | None:
+        """Which parameter a stored array belongs to, and as which component: `a.weight.absmax` gives
+        `("a.weight", "absmax")`. `None`: it is a parameter or buffer of its own."""
+        return None
+
+    def check_if_quantized_param(self, model: Any, name: str) -> bool:
+        """Whether parameter `name` (`a.b.weight`) is set by `create_quantized_param`."""
+        path, _, leaf = name.rpartition(".")
+        return leaf == "weight" and path in self.quantized
+
+    def packing(self, model: Any, name: str) -> Packing | None:
+        """How the engine packs parameter `name` from the file; `None` where the backend's library does."""
+        return None
+
+    @abstractmethod
+    def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
+        """Sets parameter `name` of the model on `device`.
+
+        `value` is a full-precision tensor on the CPU, or a mapping from component (`""`, `absmax`) to
+        tensor: packed by the engine as `packing` said, or as the checkpoint holds them. `dtype` is the
+        type that what is not packed is loaded in. A tensor is packed here, on the CPU.
+        """
+
+    def update_missing_keys(self, model: Any, missing: Sequence[str]) -> list[str]:
+        """Those of the `missing` keys that really ought to be in the checkpoint."""
+        return list(missing)
+
+    # The finished model.
+
+    def postprocess_model(self, model: Any) -> None:
+        """Called once all weights are in place."""
+        return None
+
+    def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
+        """Puts ordinary layers with decoded weights in place; gives the model.
+
+        Decodes where the weights are, rounds once to `dtype` (by default the type that the weights were
+        packed from). Raises `BackendError` where the backend cannot.
+        """
+        raise BackendError(f"{self.name} weights are not turned back by this backend")
+
+
+def check_version(needed: Requirement, installed: str) -> None:
+    """Raises `BackendError` for a release that is older than needed."""
+    if _numbers(installed) < _numbers(needed.minimum):
+        raise BackendError(
+            f"{needed.package} {installed} is too old to {needed.purpose}, expected {needed.minimum} or later",
+            hint=f"pip install --upgrade '{needed.package}>={needed.minimum}'",
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    import re
+
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _metadata_version(package: str) -> str:
+    from importlib import metadata
+
+    for distribution in metadata.packages_distributions().get(package.partition(".")[0], ()):
+        return metadata.version(distribution)
+    return ""
