@@ -89,7 +89,13 @@ def view_floats(array: Any) -> Bytes:
 
 def view_output(array: Any) -> Bytes:
     """As `view_floats`, for an array that is written to, so that no copy will do."""
-    seen = view_floats(array)
+    view_floats(array)
+    return view_memory(array)
+
+
+def view_memory(array: Any) -> Bytes:
+    """As `view`, for an array of any type that is written to, so that no copy will do."""
+    seen = view(array)
     if seen.is_torch:
         in_place = array.is_contiguous() and not array.is_neg()
     else:

@@ -118,6 +118,24 @@ class Checkpoint:
         """Decodes one tensor, or its rows from the first of `rows` up to the second, into `out`, rounded once to
         `dtype`; a stored integer type is copied as it is."""
 
+    def fill(
+        self,
+        jobs: str,
+        out: list[NDArray[np.uint8]],
+        threads: int | None,
+        on_progress: Callable[[int, int, int, str], None] | None,
+    ) -> list[list[int]]:
+        """Many tensors into arrays, encoded on the way; every job is checked before anything is read.
+
+        `jobs`: JSON list of {name, format: full format name | "copy",
+        params?: {block_size?, double_quant?, dtype?, keep_nonfinite?},
+        through?: "BF16" | "F16" | "F32" (weights are rounded to this type once before they are encoded),
+        rows?, shape?, add? as in a plan's tensors}.
+        `out`: byte arrays, for each job in order one per component of the format's layout; for "copy" one per
+        stored part, in the order of `parts` in describe().
+        Gives, by job and component, the final length in bytes; components whose length is only known at the end
+        come in at their most."""
+
     def verify(
         self, threads: int | None, on_progress: Callable[[int, int, int, str], None] | None
     ) -> list[tuple[str, int, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from .decision import Decision
 from .entry import Entry, Part
 from .errors import UnsupportedError
-from .mapping import MappedTensor, Rows
+from .mapping import MappedTensor
 
 
 def source_row(decision: Decision, mapped: MappedTensor | None, number: int) -> dict[str, Any]:
@@ -29,18 +29,11 @@ def source_row(decision: Decision, mapped: MappedTensor | None, number: int) -> 
     }
     if mapped is not None and not mapped.is_renamed:
         if not (len(mapped.sources) == 1 and mapped.sources[0].is_whole):
-            row["rows"] = [_rows(rows) for rows in mapped.sources]
+            row["rows"] = [rows.to_dict() for rows in mapped.sources]
         if mapped.shape is not None:
             row["shape"] = list(mapped.shape)
         if mapped.add is not None:
             row["add"] = mapped.add
-    return row
-
-
-def _rows(rows: Rows) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": rows.name, "first": rows.first, "count": rows.count}
-    if rows.interleave is not None:
-        row["interleave"] = {"groups": rows.interleave.groups, "parts": rows.interleave.parts}
     return row
 
 

@@ -198,6 +198,11 @@ def locate(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
     return checkpoint._origin[name]
 
 
+def is_element(stored: str) -> bool:
+    """Whether arrays have a type of their own for the stored type: one element per number."""
+    return stored in _NUMPY or stored in _ML_DTYPES
+
+
 class _Description:
     """Turns the native description into entries while it is parsed: a checkpoint may have a hundred
     thousand tensors, and a dictionary takes several times the memory of an entry."""

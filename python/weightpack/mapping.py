@@ -38,6 +38,13 @@ class Rows:
         """Whether this is the source tensor as it is."""
         return self.first == 0 and self.count is None and self.interleave is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the engine is asked for them."""
+        row: dict[str, Any] = {"name": self.name, "first": self.first, "count": self.count}
+        if self.interleave is not None:
+            row["interleave"] = {"groups": self.interleave.groups, "parts": self.interleave.parts}
+        return row
+
 
 @dataclass(frozen=True, slots=True)
 class MappedTensor:

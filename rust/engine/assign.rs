@@ -14,7 +14,7 @@ use super::derive::derive;
 use super::importance::Weighed;
 use super::plan::{checkpoint_at, source_name, Action, Planned, Slot};
 use super::request::{Assignment, Output};
-use super::slab::Cut;
+use super::slab::{Cut, Packed};
 
 /// Decides copy or encode for one assignment and lists the arrays it leads to.
 pub fn assign(
@@ -35,7 +35,8 @@ pub fn assign(
     let locate = |error: Error| error.tensor(&assignment.name).file(&path);
     let derived = derive(checkpoint, assignment).map_err(locate)?;
     let tensor = derived.as_ref().unwrap_or(stored);
-    let action = action(checkpoints, tensor, &path, slab_bytes, assignment).map_err(locate)?;
+    let action =
+        action(checkpoints, tensor, &path, slab_bytes, assignment, None).map_err(locate)?;
     let (slots, entries) = match &action {
         Action::Copy => copied_entries(tensor, &assignment.target),
         Action::Encode { layout, .. } => encoded_entries(layout, &assignment.target),
@@ -59,18 +60,25 @@ pub fn assign(
     Ok((planned, entries))
 }
 
-fn action(
+/// What becomes of `tensor`, whose weights are rounded to the type `through` first if there is one.
+pub fn action(
     checkpoints: &[Arc<Checkpoint>],
     tensor: &Tensor,
     path: &Path,
     slab_bytes: u64,
     assignment: &Assignment,
+    through: Option<Dtype>,
 ) -> Result<Action> {
     let shape = assignment.shape.as_ref().unwrap_or(&tensor.shape);
     if assignment.format == "copy" {
         if assignment.add.is_some() {
             return Err(Error::config(
                 "a number is added to decoded weights, not to copied bytes",
+            ));
+        }
+        if through.is_some() {
+            return Err(Error::config(
+                "decoded weights are rounded to another type, not copied bytes",
             ));
         }
         if *shape != tensor.shape {
@@ -89,7 +97,7 @@ fn action(
             format.info().name
         ))
     })?;
-    let mut params = assignment.params.params(tensor.dtype)?;
+    let mut params = assignment.params.params(through.unwrap_or(tensor.dtype))?;
     let weighed = match &assignment.importance {
         Some(source) if format.weighs() => {
             let name = &assignment.target;
@@ -105,6 +113,7 @@ fn action(
     let mut layout = format.layout(shape, &params)?;
     layout.params.importance = None;
     let same = assignment.add.is_none()
+        && through.is_none_or(|dtype| is_exact(source, dtype))
         && source.format.info().name == format.info().name
         && source.layout.components == layout.components;
     if same
@@ -126,6 +135,18 @@ fn action(
         add: checked(assignment.add)?,
         weighed,
     })
+}
+
+/// Whether rounding the weights of `source` to `dtype` changes none: they are stored as such, or as
+/// a type that it holds.
+pub fn is_exact(source: Packed<'_>, dtype: Dtype) -> bool {
+    match source.layout.components.as_slice() {
+        [array] => {
+            array.dtype == dtype
+                || dtype == Dtype::F32 && matches!(array.dtype, Dtype::F16 | Dtype::BF16)
+        }
+        _ => false,
+    }
 }
 
 fn checked(add: Option<f32>) -> Result<Option<f32>> {

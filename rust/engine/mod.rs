@@ -7,7 +7,9 @@
 //! | `derive`, `gather` | tensors made of rows of stored ones, or in another shape |
 //! | `importance` | importance vectors, loaded while their tensor is encoded |
 //! | [`run`] | workers that carry the plan out, slab by slab |
+//! | [`fill`] | tensors of a file into arrays of the caller, encoded on the way |
 //! | `slab` | decode, encode and measure a slab while it is in cache |
+//! | `two_pass` | the first pass of formats that need the whole tensor first |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
 //! | [`array`] | encode and decode an array in memory |
 //! | [`writer`] | a file made from arrays in memory |
@@ -21,6 +23,7 @@ pub mod compare;
 mod derive;
 mod describe;
 mod extra;
+pub mod fill;
 mod gather;
 mod identity;
 mod importance;
@@ -37,6 +40,7 @@ pub mod report;
 pub mod request;
 pub mod run;
 mod slab;
+mod two_pass;
 pub mod verify;
 mod workspace;
 pub mod writer;

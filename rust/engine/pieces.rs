@@ -5,8 +5,9 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::formats::Layout;
 
-use super::checkpoint::{Stored, Tensor};
+use super::checkpoint::{Checkpoint, Stored, Tensor};
 use super::plan::{Action, Plan, Planned};
+use super::slab::{self, Scratch};
 
 /// One piece of work: a slab of a tensor in one pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +63,24 @@ pub fn source_ranges<'t>(
     })
 }
 
+/// Reads the packed bytes of `slab` into `scratch.input`; gives their number.
+pub fn read_slab(
+    checkpoint: &Checkpoint,
+    source: &Tensor,
+    layout: &Layout,
+    slab: &Range<u64>,
+    scratch: &mut Scratch,
+) -> Result<u64> {
+    let mut read = 0;
+    let ranges = source_ranges(source, layout, slab);
+    for (buffer, (part, range)) in scratch.input.iter_mut().zip(ranges) {
+        let bytes = range.end - range.start;
+        checkpoint.read(part, range.start, slab::resize(buffer, bytes)?)?;
+        read += bytes;
+    }
+    Ok(read)
+}
+
 /// Lists the pieces of one tensor; gives the number that belong to the first pass.
 pub fn add_pieces(
     plan: &Plan,
@@ -77,7 +96,7 @@ pub fn add_pieces(
                 let Some(Some(part)) = source.parts.get(place.component) else {
                     continue;
                 };
-                let step = copy_step(plan, part);
+                let step = copy_step(plan.slab_bytes, part);
                 let mut first = 0;
                 while first < part.entry.bytes || first == 0 {
                     let bytes = step.min(part.entry.bytes - first);
@@ -113,8 +132,9 @@ pub fn add_pieces(
     }
 }
 
-/// Bytes copied at a time: whole elements, so that big-endian ones can be turned round.
-fn copy_step(plan: &Plan, part: &Stored) -> u64 {
+/// Bytes copied at a time, about `slab_bytes`: whole elements, so that big-endian ones can be turned
+/// round.
+pub fn copy_step(slab_bytes: u64, part: &Stored) -> u64 {
     let element = part.entry.dtype.block().map_or(1, |(_, bytes)| bytes);
-    (plan.slab_bytes / element).max(1) * element
+    (slab_bytes / element).max(1) * element
 }

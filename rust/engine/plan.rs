@@ -240,6 +240,7 @@ impl Plan {
             },
             cut: *cut,
             add: *add,
+            through: None,
             verify: self.options.verify,
             keep_nonfinite: self.options.keep_nonfinite,
         })

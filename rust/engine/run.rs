@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -13,12 +13,13 @@ use super::checkpoint::{Stored, Tensor};
 use super::extra;
 use super::journal::{Journal, Line};
 use super::keeper::{self, Done, Finished, Keeper, Sinks};
-use super::pieces::{add_pieces, source_ranges, Piece};
+use super::pieces::{add_pieces, read_slab, source_ranges, Piece};
 use super::plan::{Action, Plan, Planned, Slot};
 use super::pool::{self, lock, Stop};
 use super::preflight;
 use super::report::{Report, Totals};
 use super::slab::{self, Packed, Scratch, Task};
+use super::two_pass::FirstPass;
 use super::workspace::Workspace;
 
 /// How a run treats what it finds.
@@ -43,21 +44,12 @@ pub struct Progress {
     pub tensor: String,
 }
 
-/// Layout and statistics of a tensor whose first pass is complete.
-type Settled = (Layout, Vec<u8>);
-
 /// What workers share about one tensor.
 #[derive(Default)]
 struct TensorState {
     /// Pieces left, both passes.
     remaining: AtomicUsize,
-    /// Pieces of the first pass left.
-    unmeasured: AtomicUsize,
-    /// Statistics as the first pass collects them.
-    statistics: Mutex<Vec<u8>>,
-    /// Layout and statistics once the first pass is complete.
-    settled: Mutex<Option<Arc<Settled>>>,
-    is_settled: Condvar,
+    first_pass: FirstPass,
     /// Importance of the columns, from the first slab on.
     importance: Mutex<Option<Importance>>,
     /// Error sums by slab; they are added up in that order.
@@ -206,10 +198,10 @@ impl<'r> Run<'r> {
         let mut pieces = Vec::new();
         let mut states = Vec::with_capacity(plan.tensors.len());
         for (tensor, planned) in plan.tensors.iter().enumerate() {
-            let state = TensorState::default();
+            let mut state = TensorState::default();
             if finished.get(tensor).is_some_and(Option::is_none) {
                 let measured = add_pieces(plan, tensor, planned, &mut pieces)?;
-                state.unmeasured.store(measured, Ordering::Relaxed);
+                state.first_pass = FirstPass::new(measured);
                 let first = pieces
                     .iter()
                     .rev()
@@ -373,64 +365,20 @@ impl<'r> Run<'r> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (checkpoint, source) = self.plan.source(self.planned(tensor)?)?;
-        for (buffer, (part, range)) in scratch
-            .input
-            .iter_mut()
-            .zip(source_ranges(source, layout, slab))
-        {
-            let buffer = slab::resize(buffer, range.end - range.start)?;
-            checkpoint.read(part, range.start, buffer)?;
-            self.read_bytes
-                .fetch_add(range.end - range.start, Ordering::Relaxed);
-        }
+        let bytes = read_slab(checkpoint, source, layout, slab, scratch)?;
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 
     fn measure(&self, tensor: usize, slab: u64, scratch: &mut Scratch, stop: &Stop) -> Result<()> {
         let (_, task) = self.task(tensor)?;
-        let state = self.state(tensor)?;
-        let layout = task.target.layout;
-        let range = task.cut.slab_range(slab, layout.weights);
+        let range = task.cut.slab_range(slab, task.target.layout.weights);
         self.read(tensor, task.source.layout, &range, scratch)?;
         task.measure(&range, scratch, &|| stop.check())?;
-        let Some(span) = layout.statistics else {
-            return Ok(());
-        };
-        let part = slab::span_bytes(span, &range)?;
-        {
-            let mut statistics = lock(&state.statistics);
-            slab::resize(&mut statistics, span.range(0, layout.weights).end)?;
-            if let (Some(target), Some(measured)) = (
-                statistics.get_mut(part.clone()),
-                scratch.statistics.get(..part.len()),
-            ) {
-                target.copy_from_slice(measured);
-            }
-        }
-        if state.unmeasured.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let mut layout = layout.clone();
-            let mut statistics = std::mem::take(&mut *lock(&state.statistics));
-            task.target.format.settle(&mut layout, &mut statistics)?;
-            *lock(&state.settled) = Some(Arc::new((layout, statistics)));
-            state.is_settled.notify_all();
-        }
-        Ok(())
-    }
-
-    /// Waits until the first pass over a tensor is complete. Pieces are claimed in order, so its
-    /// slabs are all done or being worked on by threads that wait for nothing.
-    fn settled(&self, state: &TensorState, stop: &Stop) -> Result<Arc<Settled>> {
-        let mut settled = lock(&state.settled);
-        loop {
-            if let Some(settled) = settled.as_ref() {
-                return Ok(Arc::clone(settled));
-            }
-            stop.check()?;
-            let waited = state
-                .is_settled
-                .wait_timeout(settled, Duration::from_millis(20));
-            settled = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
+        let state = self.state(tensor)?;
+        state
+            .first_pass
+            .add(task.target, &range, &scratch.statistics)
     }
 
     fn encode(&self, tensor: usize, slab: u64, scratch: &mut Scratch, stop: &Stop) -> Result<()> {
@@ -438,7 +386,7 @@ impl<'r> Run<'r> {
         let (_, mut task) = self.task(tensor)?;
         let state = self.state(tensor)?;
         let settled = match task.target.layout.statistics {
-            Some(_) => Some(self.settled(state, stop)?),
+            Some(_) => Some(state.first_pass.wait(stop)?),
             None => None,
         };
         let mut statistics: &[u8] = &[];
@@ -455,17 +403,15 @@ impl<'r> Run<'r> {
         }
         let range = task.cut.slab_range(slab, task.target.layout.weights);
         self.read(tensor, task.source.layout, &range, scratch)?;
-        let sums = task.encode(&range, statistics, scratch, &|| stop.check())?;
-        for (buffer, (component, layout)) in scratch.output.iter().zip(task.target.layout.sliced())
-        {
+        let mut buffers = std::mem::take(&mut scratch.output);
+        let mut output = slab::output(task.target.layout, &mut buffers, &range)?;
+        let stop = || stop.check();
+        let sums = task.encode(&range, statistics, scratch, &mut output, &stop)?;
+        for (packed, (component, layout)) in output.iter().zip(task.target.layout.sliced()) {
             let bytes = layout.span.range(range.start, range.end - range.start);
-            let slot = slot_of(planned, component)?;
-            let length = slab::span_bytes(layout.span, &range)?.len();
-            let packed = buffer
-                .get(..length)
-                .ok_or_else(|| Error::Internal(String::from("short output buffer")))?;
-            self.write(planned, slot, bytes.start, packed)?;
+            self.write(planned, slot_of(planned, component)?, bytes.start, packed)?;
         }
+        scratch.output = buffers;
         lock(&state.sums).push((slab, sums));
         Ok(())
     }
@@ -501,7 +447,7 @@ impl<'r> Run<'r> {
             return Ok(Finished::default());
         };
         lock(&state.importance).take();
-        let settled = lock(&state.settled).take();
+        let settled = state.first_pass.take();
         let whole = match &settled {
             Some(settled) => format.whole(&settled.0, &settled.1)?,
             None => format.whole(layout, &[])?,

@@ -4,7 +4,9 @@
 
 use std::ops::Range;
 
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::float;
 use crate::formats::{
     self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Span, MAX_PARTS,
 };
@@ -81,12 +83,19 @@ fn round_to(about: u64, unit: u64) -> u64 {
 pub struct Scratch {
     /// Packed source bytes of the slab, one buffer per sliced component.
     pub input: [Vec<u8>; MAX_PARTS],
-    /// Packed target bytes of the slab.
+    /// Packed target bytes of the slab, where they are not encoded straight into their place.
     pub output: [Vec<u8>; MAX_PARTS],
     /// First-pass statistics of the slab.
     pub statistics: Vec<u8>,
-    weights: Vec<f32>,
+    tile: TileScratch,
     decoded: Vec<f32>,
+}
+
+/// Buffers for the weights of a tile.
+#[derive(Default)]
+struct TileScratch {
+    weights: Vec<f32>,
+    rounded: Vec<u8>,
 }
 
 /// What to do with each slab of a tensor.
@@ -100,6 +109,8 @@ pub struct Task<'a> {
     pub cut: Cut,
     /// Added to every decoded weight.
     pub add: Option<f32>,
+    /// The type that weights are rounded to before they are encoded.
+    pub through: Option<Dtype>,
     /// Measure the error of what was encoded.
     pub verify: bool,
     /// Let weights through that are not finite.
@@ -168,7 +179,7 @@ pub fn parts<'b>(
 
 fn parts_mut<'b>(
     layout: &Layout,
-    buffers: &'b mut [Vec<u8>; MAX_PARTS],
+    buffers: &'b mut PartsMut<'_>,
     slab: &Range<u64>,
     tile: &Range<u64>,
 ) -> Result<PartsMut<'b>> {
@@ -192,6 +203,20 @@ pub fn as_slices(buffers: &[Vec<u8>; MAX_PARTS]) -> [&[u8]; MAX_PARTS] {
     [a, b, c, d]
 }
 
+/// Buffers for the bytes of `slab` in each sliced component.
+pub fn output<'b>(
+    layout: &Layout,
+    buffers: &'b mut [Vec<u8>; MAX_PARTS],
+    slab: &Range<u64>,
+) -> Result<PartsMut<'b>> {
+    let mut output = PartsMut::default();
+    for ((place, buffer), (_, component)) in output.iter_mut().zip(buffers).zip(layout.sliced()) {
+        let bytes = component.span.range(slab.start, slab.end - slab.start);
+        *place = resize(buffer, bytes.end - bytes.start)?;
+    }
+    Ok(output)
+}
+
 /// The tiles of `slab`.
 pub fn tiles(slab: &Range<u64>, tile: u64) -> impl Iterator<Item = Range<u64>> {
     let end = slab.end;
@@ -201,23 +226,35 @@ pub fn tiles(slab: &Range<u64>, tile: u64) -> impl Iterator<Item = Range<u64>> {
 }
 
 impl Task<'_> {
-    /// Decodes one tile of `scratch.input` and refuses weights that are not finite.
+    /// Decodes one tile of `input` and refuses weights that are not finite.
     fn decode_tile<'s>(
         &self,
         input: [&[u8]; MAX_PARTS],
-        weights: &'s mut Vec<f32>,
+        scratch: &'s mut TileScratch,
         slab: &Range<u64>,
         tile: &Range<u64>,
     ) -> Result<&'s [f32]> {
-        let x = resize_weights(weights, tile.end - tile.start)?;
+        let x = resize_weights(&mut scratch.weights, tile.end - tile.start)?;
         let parts = parts(self.source.layout, input, slab, tile)?;
-        match self.add {
-            None => decode_for(self.source, self.target.format, tile.start, &parts, x)?,
-            Some(add) => {
-                let source = self.source;
-                source.format.decode(source.layout, tile.start, &parts, x)?;
-                x.iter_mut().for_each(|weight| *weight += add);
-            }
+        let Packed { format, layout } = self.source;
+        let once_more = match self.through {
+            Some(dtype) => dtype != Dtype::F32,
+            None => self.target.format.rounds_to_16_bits(),
+        };
+        // A 64-bit weight is rounded to odd where it is rounded to 16 bits next.
+        if once_more && self.add.is_none() {
+            format.decode_to_odd(layout, tile.start, &parts, x)?;
+        } else {
+            format.decode(layout, tile.start, &parts, x)?;
+        }
+        if let Some(add) = self.add {
+            x.iter_mut().for_each(|weight| *weight += add);
+        }
+        if let Some(dtype) = self.through {
+            let bytes = dtype.byte_len(&[x.len() as u64])?;
+            let rounded = resize(&mut scratch.rounded, bytes)?;
+            float::narrow(dtype, x, rounded)?;
+            float::widen(dtype, rounded, x, false)?;
         }
         refuse_nonfinite(self.target.format, tile.start, x, self.keep_nonfinite)?;
         Ok(x)
@@ -237,8 +274,7 @@ impl Task<'_> {
         resize(&mut scratch.statistics, bytes.end - bytes.start)?;
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x =
-                self.decode_tile(as_slices(&scratch.input), &mut scratch.weights, slab, &tile)?;
+            let x = self.decode_tile(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
             let range = within(span, slab, &tile)?;
             let part = scratch
                 .statistics
@@ -251,30 +287,28 @@ impl Task<'_> {
         Ok(())
     }
 
-    /// Encodes the slab whose bytes are in `scratch.input` into `scratch.output`.
+    /// Encodes the slab whose bytes are in `scratch.input` into `output`, the slab's bytes of each
+    /// sliced component.
     pub fn encode(
         &self,
         slab: &Range<u64>,
         statistics: &[u8],
         scratch: &mut Scratch,
+        output: &mut PartsMut<'_>,
         stop: &dyn Fn() -> Result<()>,
     ) -> Result<ErrorSums> {
-        for (buffer, (_, component)) in scratch.output.iter_mut().zip(self.target.layout.sliced()) {
-            let bytes = component.span.range(slab.start, slab.end - slab.start);
-            resize(buffer, bytes.end - bytes.start)?;
-        }
         let mut sums = ErrorSums::default();
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x =
-                self.decode_tile(as_slices(&scratch.input), &mut scratch.weights, slab, &tile)?;
-            let mut out = parts_mut(self.target.layout, &mut scratch.output, slab, &tile)?;
+            let x = self.decode_tile(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
+            let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
             self.target
                 .format
                 .encode(self.target.layout, tile.start, x, statistics, &mut out)?;
             if self.verify {
                 let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
-                let packed = parts(self.target.layout, as_slices(&scratch.output), slab, &tile)?;
+                let encoded = output.each_ref().map(|part| &**part);
+                let packed = parts(self.target.layout, encoded, slab, &tile)?;
                 self.target
                     .format
                     .decode(self.target.layout, tile.start, &packed, y)?;
@@ -308,24 +342,6 @@ pub fn refuse_nonfinite(
         first + index as u64
     ));
     Err(refusal.hint("keep the tensor in source precision (--keep), or pass it through where the format can (--on-nonfinite keep)"))
-}
-
-/// Decodes one tile for a target: 64-bit sources are rounded to odd where the target rounds once
-/// more, so that the result is rounded once.
-pub fn decode_for(
-    source: Packed<'_>,
-    target: &dyn Format,
-    first: u64,
-    parts: &Parts<'_>,
-    weights: &mut [f32],
-) -> Result<()> {
-    if target.rounds_to_16_bits() {
-        source
-            .format
-            .decode_to_odd(source.layout, first, parts, weights)
-    } else {
-        source.format.decode(source.layout, first, parts, weights)
-    }
 }
 
 #[cfg(test)]

@@ -214,10 +214,10 @@ impl Format for Bnb4 {
             return Ok(());
         }
         let absmax = statistics.as_chunks().0;
-        let sum: f64 = absmax
-            .iter()
-            .map(|bytes| f64::from(f32::from_le_bytes(*bytes)))
-            .sum();
+        // From 0: the sum of no numbers is -0.
+        let sum = absmax.iter().fold(0.0, |sum, bytes| {
+            sum + f64::from(f32::from_le_bytes(*bytes))
+        });
         let mean = (sum / absmax.len().max(1) as f64) as f32;
         if !mean.is_finite() {
             return Err(Error::format(format!(

@@ -12,7 +12,9 @@ use serde_json::json;
 use super::errors::guarded;
 use super::metadata;
 use crate::dtype::Dtype;
-use crate::engine::{self, compare, plan, read, report, verify, Progress, Request, RunChoices};
+use crate::engine::{
+    self, compare, fill, plan, read, report, verify, Progress, Request, RunChoices,
+};
 use crate::error::{Error, Result};
 use crate::io::{gguf, Metadata, Source};
 
@@ -186,6 +188,29 @@ impl Checkpoint {
                 threads_or_all(threads),
                 &mut tick,
             )
+        });
+        watch.settle(outcome)
+    }
+
+    #[pyo3(signature = (jobs, out, threads, on_progress))]
+    fn fill(
+        &self,
+        py: Python<'_>,
+        jobs: &str,
+        mut out: Vec<PyReadwriteArray1<'_, u8>>,
+        threads: Option<usize>,
+        on_progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Vec<u64>>> {
+        let out = out
+            .iter_mut()
+            .map(|array| array.as_slice_mut())
+            .collect::<Result<Vec<&mut [u8]>, _>>()?;
+        let mut watch = Watch::new(on_progress.as_ref());
+        let outcome = guarded(py, || {
+            let jobs: Vec<fill::Job> = serde_json::from_str(jobs)
+                .map_err(|error| Error::config(format!("tensors to fill: {error}")))?;
+            let mut tick = |progress: &Progress| watch.tick(progress);
+            fill::fill(&self.0, &jobs, out, threads_or_all(threads), &mut tick)
         });
         watch.settle(outcome)
     }

@@ -1,0 +1,82 @@
+//! Formats that need two passes: the statistics of a tensor, collected slab by slab by any number of
+//! threads, and what comes of them once the first pass over the tensor is complete.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::formats::Layout;
+
+use super::pool::{lock, Stop};
+use super::slab::{self, Packed};
+
+/// Layout and statistics of a tensor whose first pass is complete.
+pub type Settled = (Layout, Vec<u8>);
+
+/// The first pass over one tensor.
+#[derive(Default)]
+pub struct FirstPass {
+    /// Slabs left.
+    unmeasured: AtomicUsize,
+    statistics: Mutex<Vec<u8>>,
+    settled: Mutex<Option<Arc<Settled>>>,
+    is_settled: Condvar,
+}
+
+impl FirstPass {
+    /// A pass over `slabs` slabs.
+    pub fn new(slabs: usize) -> Self {
+        FirstPass {
+            unmeasured: AtomicUsize::new(slabs),
+            ..FirstPass::default()
+        }
+    }
+
+    /// Takes what was measured of `slab`; with the last one the pass is complete.
+    pub fn add(&self, target: Packed<'_>, slab: &Range<u64>, measured: &[u8]) -> Result<()> {
+        let Some(span) = target.layout.statistics else {
+            return Ok(());
+        };
+        let part = slab::span_bytes(span, slab)?;
+        {
+            let mut statistics = lock(&self.statistics);
+            slab::resize(&mut statistics, span.range(0, target.layout.weights).end)?;
+            if let (Some(place), Some(measured)) =
+                (statistics.get_mut(part.clone()), measured.get(..part.len()))
+            {
+                place.copy_from_slice(measured);
+            }
+        }
+        if self.unmeasured.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let mut layout = target.layout.clone();
+            let mut statistics = std::mem::take(&mut *lock(&self.statistics));
+            target.format.settle(&mut layout, &mut statistics)?;
+            *lock(&self.settled) = Some(Arc::new((layout, statistics)));
+            self.is_settled.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Waits until the pass is complete. Pieces are claimed in order, so the slabs of the first pass
+    /// are all done or being worked on by threads that wait for nothing.
+    pub fn wait(&self, stop: &Stop) -> Result<Arc<Settled>> {
+        let mut settled = lock(&self.settled);
+        loop {
+            if let Some(settled) = settled.as_ref() {
+                return Ok(Arc::clone(settled));
+            }
+            stop.check()?;
+            let waited = self
+                .is_settled
+                .wait_timeout(settled, Duration::from_millis(20));
+            settled = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Lets go of layout and statistics, which are `None` where there was no first pass.
+    pub fn take(&self) -> Option<Arc<Settled>> {
+        lock(&self.settled).take()
+    }
+}
