@@ -1,17 +1,11 @@
-"""What diffusers makes of a checkpoint, told by its own classes without loading a weight.
-
-Run as `python -m weightpack.integrations.diffusers`: a JSON list on standard input (for each model its
-`config`, and `tensors`: name to shape), the list of descriptions on standard output.
-"""
+"""What diffusers makes of a checkpoint, told by its own classes without loading a weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from weightpack._lazy import require
-
-from . import answer
+from ..._lazy import require
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -61,7 +55,7 @@ def _kind(torch: Any, module: Any) -> str:
 
 
 def _is_fixed(path: str, fixed: list[str]) -> bool:
-    from weightpack.skip_list import skipped_by_diffusers
+    from ...skip_list import skipped_by_diffusers
 
     return skipped_by_diffusers(fixed, path)
 
@@ -73,7 +67,3 @@ def _look_up(tensor: str, state: Mapping[str, Any], kinds: Mapping[str, str]) ->
     if leaf != "weight":
         return "vector" if state[tensor].ndim <= 1 else "parameter", module
     return kinds.get(module, "other"), module
-
-
-if __name__ == "__main__":
-    answer(describe_layers)
