@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from .formats_ import dequantize, formats, pack_int4, quantize, unpack_int4
     from .inspect_ import CheckpointInfo, inspect
+    from .loading.load import from_pretrained
+    from .loading.plain import ModelMixin
     from .quantizers.auto import AutoQuantizer, register_quantizer
     from .quantizers.base import Quantizer
     from .quantizers.config import QuantizationConfig, QuantizationMethod
@@ -41,6 +43,7 @@ _NAMES = {
     "DiffReport": "diff_",
     "FormatError": "errors",
     "FormatInfo": "targets",
+    "ModelMixin": "loading.plain",
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
     "Quantizer": "quantizers.base",
@@ -51,6 +54,7 @@ _NAMES = {
     "dequantize": "formats_",
     "diff": "diff_",
     "formats": "formats_",
+    "from_pretrained": "loading.load",
     "gguf": "gguf",
     "inspect": "inspect_",
     "open_checkpoint": "checkpoint",
@@ -71,6 +75,7 @@ __all__ = [
     "DiffReport",
     "FormatError",
     "FormatInfo",
+    "ModelMixin",
     "QuantizationConfig",
     "QuantizationMethod",
     "Quantizer",
@@ -81,6 +86,7 @@ __all__ = [
     "dequantize",
     "diff",
     "formats",
+    "from_pretrained",
     "gguf",
     "inspect",
     "open_checkpoint",

@@ -96,7 +96,8 @@ class Checkpoint:
         """
 
     def metadata(self) -> str:
-        """JSON object of metadata. GGUF arrays longer than 64 items are shown as {"type", "count"}."""
+        """JSON object of metadata, that of all shards together. GGUF arrays of more than 64 items are shown as
+        {"type", "count"}."""
 
     def metadata_value(self, key: str) -> Any:
         """One GGUF metadata value, decoded whole; KeyError when absent."""

@@ -1,5 +1,6 @@
 //! Bindings of the engine: checkpoints, plans, comparisons.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -270,7 +271,18 @@ fn shown_metadata(checkpoint: &engine::Checkpoint) -> Result<serde_json::Value> 
         return Ok(json!({}));
     };
     match &file.header.metadata {
-        Metadata::Text(text) => Ok(json!(text)),
+        // Each shard describes its own tensors; where two disagree, the first one counts.
+        Metadata::Text(_) => {
+            let texts = checkpoint.files.iter().rev();
+            let merged: BTreeMap<_, _> = texts
+                .filter_map(|file| match &file.header.metadata {
+                    Metadata::Text(text) => Some(text),
+                    Metadata::Gguf(_) => None,
+                })
+                .flatten()
+                .collect();
+            Ok(json!(merged))
+        }
         Metadata::Gguf(pairs) => gguf_metadata(pairs, file.source.as_ref()),
     }
 }

@@ -54,3 +54,9 @@ def set_parameter(model: Any, name: str, parameter: Any) -> None:
         module._buffers[leaf] = parameter
     else:
         module._parameters[leaf] = parameter
+
+
+def find_tensor(model: Any, name: str) -> Any:
+    """The parameter or buffer at `name`, or `None`."""
+    module, leaf = owner(model, name)
+    return getattr(module, leaf, None)

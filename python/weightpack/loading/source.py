@@ -1,0 +1,196 @@
+"""Where a model is read from: its weights, whatever file they are in, and its `config.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._lazy import require
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..entry import Entry, Part
+from ..errors import CheckpointError, ConfigError
+from ..folder import CONFIG, STEMS, find_models, read_config, read_json
+from ..quantizers.dtypes import STORED
+from ..streaming import Job, fill
+
+PICKLES = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model's folder (of its config; `None` where the weights stand alone) and its weights file:
+    a `.safetensors`, an `*.index.json`, a `.gguf`, or a `.bin`."""
+
+    folder: Path | None
+    weights: Path
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights are in torch's own files."""
+        return self.weights.name.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))
+
+
+class Weights:
+    """The stored tensors of one model, by logical name; a packed weight and its statistics are one
+    where the engine knows the format. `entries` describes them, `metadata` is what the files say."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+    def fill(self, jobs: Sequence[Job], out: Sequence[Sequence[Any]], threads: int | None) -> list[list[Any]]:
+        """Carries jobs out into tensors; gives the tensors, cut to their final length."""
+        raise NotImplementedError
+
+    def tensor(self, name: str) -> Any | None:
+        """The tensor itself where it is in memory already, else `None`."""
+        return None
+
+    def close(self) -> None:
+        """Lets go of the files."""
+
+
+class FileWeights(Weights):
+    """Tensors of safetensors and GGUF files, read by the engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.entries = self.checkpoint
+        found = self.checkpoint.metadata
+        self.metadata = found if self.checkpoint.container == "safetensors" else {}
+
+    def fill(self, jobs: Sequence[Job], out: Sequence[Sequence[Any]], threads: int | None) -> list[list[Any]]:
+        """As in the base."""
+        return fill(self.checkpoint, jobs, out, threads=threads)
+
+    def close(self) -> None:
+        """As in the base."""
+        self.checkpoint.close()
+
+
+class StateDict(Weights):
+    """Tensors that are in memory: torch's own files, or a state dict that a caller gives."""
+
+    def __init__(self, tensors: Mapping[str, Any], file: str = "") -> None:
+        names = {name: stored for name, stored in STORED.items()}
+        self._tensors = dict(tensors)
+        self.metadata = {}
+        entries = {}
+        for name, value in self._tensors.items():
+            if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+                raise CheckpointError(f'"{name}" is a {type(value).__name__}, expected a tensor (file "{file}")')
+            stored = names.get(str(value.dtype).removeprefix("torch."))
+            if stored is None:
+                raise CheckpointError(f'"{name}" holds {value.dtype}, which is not loaded (file "{file}")')
+            shape, size = tuple(value.shape), value.numel() * value.element_size()
+            part = Part(name, stored, shape, size)
+            kind = stored.lower() if stored in ("F32", "F16", "BF16") else None
+            entries[name] = Entry(name, shape, stored, kind, size, value.numel(), (part,), file)
+        self.entries = entries
+
+    def tensor(self, name: str) -> Any | None:
+        """As in the base."""
+        return self._tensors[name]
+
+
+def locate(
+    path: str | os.PathLike[str],
+    *,
+    stem: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    use_safetensors: bool | None,
+    single_first: bool = True,
+) -> Location:
+    """The weights of the model at `path`, in the hosts' order of search.
+
+    `stem` is the host's name for weights, `None` for any. Raises `OSError` where there is no such
+    folder or file, `CheckpointError` where it holds no weights of this kind.
+    """
+    place = Path(path, subfolder) if subfolder else Path(path)
+    if place.is_file():
+        folder = place.parent if (place.parent / CONFIG).is_file() else None
+        return Location(folder, place)
+    if not place.is_dir():
+        raise FileNotFoundError(f'"{place}" is neither a model folder nor a file')
+    stems = (stem, *(other for other in STEMS if other != stem)) if stem else STEMS
+    if use_safetensors is not False:
+        for one in stems:
+            for name in _names(one, ".safetensors", variant, single_first):
+                if (place / name).is_file():
+                    return Location(place, place / name)
+    if use_safetensors is not True:
+        for one in stems:
+            for name in _names(PICKLES[one], ".bin", variant, single_first):
+                if (place / name).is_file():
+                    return Location(place, place / name)
+    if variant is None and use_safetensors is not False:
+        # Weights under another name: taken where only one file can be meant.
+        return Location(place, find_models(place)[0].weights)
+    of_variant = "" if variant is None else f' of variant "{variant}"'
+    raise CheckpointError(f'no weights{of_variant} in folder "{place}", expected {stems[0]}.safetensors or its index')
+
+
+def _names(stem: str, ending: str, variant: str | None, single_first: bool) -> list[str]:
+    if variant is None:
+        single, index = [f"{stem}{ending}"], [f"{stem}{ending}.index.json"]
+    else:
+        single = [f"{stem}.{variant}{ending}"]
+        index = [f"{stem}{ending}.index.{variant}.json", f"{stem}.{variant}{ending}.index.json"]
+    return [*single, *index] if single_first else [*index, *single]
+
+
+def open_weights(location: Location) -> Weights:
+    """Opens the weights; headers are read and checked, of torch's own files everything (mapped).
+
+    Raises `CheckpointError` for files that are malformed or hold more than tensors.
+    """
+    if not location.is_pickle:
+        return FileWeights(location.weights)
+    files = [location.weights]
+    if location.weights.name.endswith(".json"):
+        index = read_json(location.weights).get("weight_map", {})
+        folder = location.weights.parent
+        files = [folder / name for name in sorted(set(index.values()))]
+        if any(Path(name).name != name for name in index.values()):
+            raise CheckpointError(f'a name in the index leaves its folder (file "{location.weights}")')
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= _unpickle(file)
+    return StateDict(tensors, str(location.weights))
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    import pickle
+
+    torch = require("torch", "read torch's own files")
+    if not file.is_file():
+        raise FileNotFoundError(f'"{file}" is missing')
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f'cannot be read as tensors alone: {reason} (file "{file}")', hint="a .safetensors file is safe to load"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f'holds a {type(found).__name__}, expected tensors by name (file "{file}")')
+    return dict(found)
+
+
+def config_of(location: Location, given: Any) -> dict[str, Any]:
+    """The parsed config: the caller's (a dictionary, a file or a folder), else `config.json` beside the
+    weights; empty where there is none."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if given is not None:
+        path = Path(given)
+        if path.is_dir():
+            path = path / CONFIG
+        if not path.is_file():
+            raise ConfigError(f'config "{given}" is no file')
+        return read_json(path)
+    found = read_config(location.folder) if location.folder is not None else None
+    return found or {}

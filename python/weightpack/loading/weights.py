@@ -1,0 +1,224 @@
+"""Weights on their way from the file into the model: read, packed and set in batches of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._lazy import require
+from ..entry import FLOATS
+from ..errors import CheckpointError, FormatError
+from ..quantizers.dtypes import of_stored, stored_name
+from ..quantizers.modules import owner
+from ..streaming import Job, layout
+from .devices import DISK, Placement
+from .host import Target
+from .keys import Logical
+from .source import Weights
+
+BATCH_BYTES = 128 << 20
+"""Bytes of arrays that are filled at a time. Those that become parameters on the CPU stay; the rest is
+let go of before the next batch."""
+
+
+@dataclass
+class _Item:
+    """One target, the jobs that bring it into memory, and their arrays."""
+
+    target: Target
+    jobs: list[Job] = field(default_factory=list)
+    out: list[list[Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """Component names, where the arrays of the only job are those of a packed weight."""
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Component name to job and array, where the components are read as they are stored."""
+    given: list[Any] | None = None
+    """The tensors themselves, where they are in memory already."""
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [*(array for arrays in self.out for array in arrays), *(self.given or ())]
+        return sum(int(array.nbytes) for array in arrays)
+
+
+class Loader:
+    """Fills one model. `dtype_of(name)` is the `torch.dtype` of a floating tensor that is not packed,
+    `None` for the stored one; `set_tensor(name, tensor, device)` puts it in its place."""
+
+    def __init__(
+        self,
+        model: Any,
+        weights: Weights,
+        logical: Mapping[str, Logical],
+        quantizer: Any,
+        placement: Placement,
+        *,
+        dtype_of: Callable[[str], Any],
+        torch_dtype: Any,
+        set_tensor: Callable[[str, Any, str], None],
+        threads: int | None,
+        on_progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self._torch = require("torch", "load models")
+        self._model = model
+        self._weights = weights
+        self._logical = logical
+        self._quantizer = quantizer
+        self._placement = placement
+        self._dtype_of = dtype_of
+        self._torch_dtype = torch_dtype
+        self._set_tensor = set_tensor
+        self._threads = threads
+        self._on_progress = on_progress
+
+    def load(self, targets: Sequence[Target]) -> None:
+        """Reads and sets all of them; what fails is told with the tensor's name."""
+        batch: list[_Item] = []
+        size = done = 0
+        total = sum(self._stored_bytes(target) for target in targets)
+        for target in targets:
+            item = self._item(target)
+            if batch and size + item.nbytes > BATCH_BYTES:
+                self._flush(batch)
+                batch, size = [], 0
+            batch.append(item)
+            size += item.nbytes
+            done += self._stored_bytes(target)
+            if self._on_progress is not None:
+                self._on_progress(done, total, target.name)
+        self._flush(batch)
+
+    def _stored_bytes(self, target: Target) -> int:
+        total = 0
+        for tensor in (self._logical[source] for source in target.sources):
+            if tensor.is_packed:
+                total += sum(entry.parts[number].nbytes for entry, number in tensor.parts.values())
+            elif tensor.entry is not None:
+                total += tensor.entry.nbytes
+        return total
+
+    # What to read.
+
+    def _item(self, target: Target) -> _Item:
+        item = _Item(target)
+        tensor = self._logical[target.sources[0]]
+        if tensor.is_packed and target.merge is None:
+            return self._stored_components(item, tensor)
+        if self._is_quantized(target.name) and target.merge is None:
+            chosen = self._quantizer.packing(self._model, target.name)
+            if chosen is not None:
+                return self._packed(item, tensor, chosen)
+            return self._whole(item, target.sources, None)
+        return self._whole(item, target.sources, None if target.merge else self._dtype_of(target.name))
+
+    def _is_quantized(self, name: str) -> bool:
+        quantizer = self._quantizer
+        on_disk = self._placement.of(name) == DISK
+        return quantizer is not None and not on_disk and quantizer.check_if_quantized_param(self._model, name)
+
+    def _stored_components(self, item: _Item, tensor: Logical) -> _Item:
+        numbers: dict[str, int] = {}
+        for component, (entry, number) in tensor.parts.items():
+            if entry.name not in numbers:
+                numbers[entry.name] = len(item.jobs)
+                rows = item.target.rows if component == "" else ()
+                self._add(item, Job(entry.name, "copy", rows=rows), entry)
+            item.parts[component] = (numbers[entry.name], number)
+        return item
+
+    def _packed(self, item: _Item, tensor: Logical, chosen: Any) -> _Item:
+        assert tensor.entry is not None
+        target = item.target
+        held = self._weights.tensor(tensor.entry.name)
+        if held is not None or chosen.transpose:
+            # In memory already, or to be turned round: the quantizer packs it itself.
+            return self._whole(item, target.sources, None)
+        job = Job(
+            tensor.entry.name,
+            chosen.format,
+            params=chosen.params,
+            through=chosen.through,
+            rows=target.rows,
+            shape=target.shape,
+            add=target.add,
+        )
+        self._add(item, job, tensor.entry)
+        item.names = [component.suffix for component in layout(job, tensor.entry)]
+        return item
+
+    def _whole(self, item: _Item, sources: Sequence[str], dtype: Any) -> _Item:
+        held = [self._weights.tensor(source) for source in sources]
+        if all(value is not None for value in held):
+            item.given = held
+            return item
+        for source in sources:
+            entry = self._logical[source].entry
+            if entry is None:
+                raise CheckpointError(f'"{source}" is packed, and the model has no packed layer for it')
+            target = item.target
+            stored = entry.dtype if entry.is_plain else "F32"
+            wanted = stored if dtype is None or not entry.is_float else stored_name(dtype)
+            if (entry.is_plain and wanted == stored and target.add is None) or wanted not in FLOATS:
+                job = Job(entry.name, "copy", rows=target.rows, shape=target.shape)
+            else:
+                kind = FLOATS[wanted]
+                job = Job(entry.name, kind, rows=target.rows, shape=target.shape, add=target.add)
+            self._add(item, job, entry)
+        return item
+
+    def _add(self, item: _Item, job: Job, entry: Any) -> None:
+        torch = self._torch
+        item.jobs.append(job)
+        item.out.append([torch.empty(part.shape, dtype=of_stored(part.dtype)) for part in layout(job, entry)])
+
+    # What becomes of it.
+
+    def _flush(self, batch: list[_Item]) -> None:
+        jobs = [job for item in batch for job in item.jobs]
+        out = [arrays for item in batch for arrays in item.out]
+        if jobs:
+            filled = iter(self._weights.fill(jobs, out, self._threads))
+            for item in batch:
+                item.out = [next(filled) for _ in item.jobs]
+        while batch:
+            self._settle(batch.pop(0))
+
+    def _settle(self, item: _Item) -> None:
+        target = item.target
+        device = self._placement.of(target.name)
+        is_quantized = self._is_quantized(target.name)
+        if item.parts or item.names:
+            if not is_quantized:
+                raise CheckpointError(f'"{target.sources[0]}" is packed, and "{target.name}" takes no packed weight')
+            if item.parts:
+                value: Any = {name: item.out[job][number] for name, (job, number) in item.parts.items()}
+            else:
+                value = dict(zip(item.names, item.out[0], strict=True))
+        else:
+            tensors = item.given if item.given is not None else [arrays[0] for arrays in item.out]
+            value = self._finished(target, tensors)
+        if is_quantized:
+            self._quantizer.create_quantized_param(
+                self._model, target.name, value, device=device, dtype=self._torch_dtype
+            )
+            return
+        wanted = self._dtype_of(target.name)
+        if value.is_floating_point() and wanted is not None and value.dtype != wanted:
+            value = value.to(wanted)
+        elif item.given is not None:
+            # Memory of its own, not that of a mapped file.
+            value = value.clone()
+        self._set_tensor(target.name, value, device)
+
+    def _finished(self, target: Target, tensors: list[Any]) -> Any:
+        if target.merge is not None:
+            return target.merge(tensors)
+        value = tensors[0]
+        if target.shape is not None and tuple(value.shape) != target.shape:
+            value = value.reshape(target.shape)
+        module, leaf = owner(self._model, target.name)
+        expected = getattr(module, leaf, None)
+        if expected is None:
+            raise FormatError(f'the model has no "{target.name}"')
+        return value
