@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .loading.plain import ModelMixin
     from .quantizers.auto import AutoQuantizer, register_quantizer
     from .quantizers.base import Quantizer
+    from .quantizers.bitsandbytes import BitsAndBytesConfig
     from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .targets import FormatInfo
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "AutoQuantizer": "quantizers.auto",
     "BackendError": "errors",
+    "BitsAndBytesConfig": "quantizers.bitsandbytes",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "CheckpointInfo": "inspect_",
@@ -67,6 +69,7 @@ _NAMES = {
 __all__ = [
     "AutoQuantizer",
     "BackendError",
+    "BitsAndBytesConfig",
     "Checkpoint",
     "CheckpointError",
     "CheckpointInfo",
