@@ -160,7 +160,7 @@ def test_the_child_reads_nothing_of_the_current_folder(peer, tmp_path, monkeypat
 
 def test_a_description_is_json(peer):
     peer("transformers")
-    from weightpack.integrations.transformers import describe_layers
+    from weightpack.integrations.transformers.describe import describe_layers
 
     described = describe_layers(CONFIGS["bert"], {"encoder.layer.0.output.dense.weight": [64, 128]})
     assert json.loads(json.dumps(described))["class"] == "BertModel"

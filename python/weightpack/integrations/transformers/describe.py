@@ -1,7 +1,6 @@
 """What transformers makes of a checkpoint, told by its own classes without loading a weight.
 
-Run as `python -m weightpack.integrations.transformers`: a JSON list on standard input (for each model its
-`config`, and `tensors`: name to shape), the list of descriptions on standard output.
+`python -m weightpack.integrations.transformers` answers with it.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightpack._lazy import require
-
-from . import answer
+from ..._lazy import require
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -151,7 +148,3 @@ def _statistics_follow(name: str, renamings: Any, apply_renamings: Any) -> bool:
     absmax: str = apply_renamings(f"{name}.absmax", renamings)
     scale: str = apply_renamings(f"{base}{dot}SCB", renamings)
     return absmax == f"{target}.absmax" and scale == (f"{target_base}.SCB" if target_base else "SCB")
-
-
-if __name__ == "__main__":
-    answer(describe_layers)

@@ -1,0 +1,127 @@
+"""What the keys of a checkpoint become in a model of transformers: by its own renamings, and by its own
+conversions, which merge and split tensors."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..._lazy import require
+from ...errors import UnsupportedError
+from ...loading.host import KeyPlan, Target
+from .floats import float32_names
+
+_PURPOSE = "name the tensors of its models"
+
+
+def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
+    """The targets in `model`, whose parameters are on the meta device, for tensors of these shapes.
+
+    A key that has no place in the model is a target of its own name, unless the class says that it may be
+    passed over. Leaves on the model what transformers' own loader leaves, so that its `save_pretrained`
+    writes the names of the checkpoint. Raises `UnsupportedError` for a conversion that fails.
+    """
+    loading = require("transformers.core_model_loading", _PURPOSE)
+    mapping = require("transformers.conversion_mapping", _PURPOSE).get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    wide = set(float32_names(model, model.config.dtype))
+
+    targets: dict[str, Target] = {}
+    merges: dict[str, _Merge] = {}
+    unknown = []
+    ignored = []
+    # In the order of transformers' own loader: some renamings only start once a guard was seen.
+    for key in sorted(entries, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = loading.rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            unknown.append((key, name))
+        elif pattern is not None:
+            if name not in merges:
+                dtype = require("torch", _PURPOSE).float32 if name in wide else state[name].dtype
+                merges[name] = _Merge(model, name, by_pattern[pattern], dtype)
+            merges[name].add(key, pattern)
+        elif name in targets:
+            # Two keys for one parameter: the first one is taken, there as here.
+            ignored.append(key)
+        else:
+            targets[name] = Target(name, (key,))
+    for merge in merges.values():
+        for target in merge.targets(entries):
+            targets.setdefault(target.name, target)
+
+    passed_over = _passed_over(model)
+    for key, name in unknown:
+        if passed_over(name):
+            ignored.append(key)
+        else:
+            targets.setdefault(key, Target(key, (key,)))
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    return KeyPlan(list(targets.values()), frozenset(ignored))
+
+
+class _Merge:
+    """One conversion of some tensors of a checkpoint into one or more of the model."""
+
+    def __init__(self, model: Any, name: str, converter: Any, dtype: Any) -> None:
+        self.model = model
+        self.name = name
+        self.converter = converter
+        self.dtype = dtype
+        self.sources: list[tuple[str, str]] = []
+
+    def add(self, key: str, pattern: str) -> None:
+        """One more source."""
+        self.sources.append((key, pattern))
+
+    def targets(self, entries: Mapping[str, tuple[int, ...]]) -> list[Target]:
+        """What comes out: found by carrying the conversion out on tensors without values."""
+        torch = require("torch", _PURPOSE)
+        keys = tuple(key for key, _ in self.sources)
+        made = self.run([torch.empty(entries[key], dtype=self.dtype, device="meta") for key in keys])
+        return [Target(name, keys, merge=self._pick(name)) for name in made]
+
+    def _pick(self, name: str) -> Callable[[list[Any]], Any]:
+        def merge(tensors: list[Any]) -> Any:
+            return self.run(tensors)[name]
+
+        return merge
+
+    def run(self, tensors: list[Any]) -> dict[str, Any]:
+        """The parameters made of the sources' tensors, which are cast to the model's type first."""
+        # A conversion keeps what it collects: each run has one of its own.
+        converter = copy.deepcopy(self.converter)
+        for (key, pattern), tensor in zip(self.sources, tensors, strict=True):
+            converter.add_tensor(self.name, key, pattern, self._cast(tensor))
+        try:
+            made = converter.convert(self.name, model=self.model, config=self.model.config)
+        except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UnsupportedError(
+                f'transformers cannot put "{self.name}" together: {reason} ({len(tensors)} tensors, '
+                f'the first "{self.sources[0][0]}")'
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _cast(self, tensor: Any) -> Any:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def _passed_over(model: Any) -> Callable[[str], bool]:
+    """Whether a key that the model lacks may be passed over in silence."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    # Buffers that were stored once, in places where they are no more.
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in compiled)
