@@ -1,7 +1,7 @@
-"""transformers, both ways: what the loader asks about its model classes, and weightpack's quantizers
-behind its own `from_pretrained`.
+"""The adapter to transformers, in both directions.
 
-Importing this loads nothing of transformers or torch, and changes nothing in them.
+`ADAPTER` is what `weightpack.from_pretrained` asks about transformers' model classes. Nothing here
+imports transformers before it is used.
 """
 
 from __future__ import annotations
@@ -9,5 +9,4 @@ from __future__ import annotations
 from .host import TransformersHost
 
 ADAPTER = TransformersHost()
-
-__all__ = ["ADAPTER", "TransformersHost"]
+"""What the loader asks; see `weightpack.loading.host`."""

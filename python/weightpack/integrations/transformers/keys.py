@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..._lazy import require
@@ -23,30 +23,21 @@ def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
     passed over. Leaves on the model what transformers' own loader leaves, so that its `save_pretrained`
     writes the names of the checkpoint. Raises `UnsupportedError` for a conversion that fails.
     """
-    loading = require("transformers.core_model_loading", _PURPOSE)
-    mapping = require("transformers.conversion_mapping", _PURPOSE).get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state = model.state_dict()
-    prefix = model.base_model_prefix
+    names = _Names(model)
+    state = names.state
     wide = set(float32_names(model, model.config.dtype))
 
     targets: dict[str, Target] = {}
     merges: dict[str, _Merge] = {}
     unknown = []
     ignored = []
-    # In the order of transformers' own loader: some renamings only start once a guard was seen.
-    for key in sorted(entries, key=loading.dot_natural_key):
-        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = loading.rename_source_key(key, [], [], prefix, state)
+    for key, name, pattern in names.of(entries):
         if name not in state:
             unknown.append((key, name))
         elif pattern is not None:
             if name not in merges:
                 dtype = require("torch", _PURPOSE).float32 if name in wide else state[name].dtype
-                merges[name] = _Merge(model, name, by_pattern[pattern], dtype)
+                merges[name] = _Merge(model, name, names.converter(pattern), dtype)
             merges[name].add(key, pattern)
         elif name in targets:
             # Two keys for one parameter: the first one is taken, there as here.
@@ -63,8 +54,44 @@ def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
             ignored.append(key)
         else:
             targets.setdefault(key, Target(key, (key,)))
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    model._weight_conversions = names.used()
     return KeyPlan(list(targets.values()), frozenset(ignored))
+
+
+def names_in_model(model: Any, keys: Iterable[str]) -> list[tuple[str, str]]:
+    """Each of `keys` and the parameter or buffer that it is, or is made into; keys without a place are left out."""
+    names = _Names(model)
+    return [(key, name) for key, name, _ in names.of(keys) if name in names.state]
+
+
+class _Names:
+    """transformers' renamings for one model."""
+
+    def __init__(self, model: Any) -> None:
+        self._loading = require("transformers.core_model_loading", _PURPOSE)
+        self._mapping = require("transformers.conversion_mapping", _PURPOSE).get_model_conversion_mapping(model)
+        self._renamings = [one for one in self._mapping if isinstance(one, self._loading.WeightRenaming)]
+        self._converters = [one for one in self._mapping if isinstance(one, self._loading.WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self.state: Mapping[str, Any] = model.state_dict()
+
+    def of(self, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+        """Each key, its name in the model, and the pattern of the conversion that takes it, if one does."""
+        rename = self._loading.rename_source_key
+        # In the order of transformers' own loader: some renamings only start once a guard was seen.
+        for key in sorted(keys, key=self._loading.dot_natural_key):
+            name, pattern = rename(key, self._renamings, self._converters, self._prefix, self.state)
+            if name not in self.state and key in self.state:
+                name, pattern = rename(key, [], [], self._prefix, self.state)
+            yield key, name, pattern
+
+    def converter(self, pattern: str) -> Any:
+        """The conversion that a pattern belongs to; of several the last one, as in transformers."""
+        return [one for one in self._converters if pattern in one.source_patterns][-1]
+
+    def used(self) -> list[Any]:
+        """The renamings and conversions that applied to some key."""
+        return [one for one in self._mapping if one.was_used()]
 
 
 class _Merge:
