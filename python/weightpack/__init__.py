@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .quantizers.base import Quantizer
     from .quantizers.bitsandbytes import BitsAndBytesConfig
     from .quantizers.config import QuantizationConfig, QuantizationMethod
+    from .quantizers.gguf import GGUFQuantizationConfig
     from .targets import FormatInfo
 
     __version__: str
@@ -45,6 +46,7 @@ _NAMES = {
     "DiffReport": "diff_",
     "FormatError": "errors",
     "FormatInfo": "targets",
+    "GGUFQuantizationConfig": "quantizers.gguf",
     "ModelMixin": "loading.plain",
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
@@ -78,6 +80,7 @@ __all__ = [
     "DiffReport",
     "FormatError",
     "FormatInfo",
+    "GGUFQuantizationConfig",
     "ModelMixin",
     "QuantizationConfig",
     "QuantizationMethod",
