@@ -5,11 +5,13 @@
 | `validate_environment`, `update_torch_dtype`, `update_device_map` | the same hook |
 | `maybe_update_loaded_keys` | sorts the keys of a packed checkpoint into weights and their components |
 | `preprocess_model` | `preprocess_model`: layers change places |
-| `maybe_update_state_dict` | sets every weight whose components have all been read |
-| `check_if_quantized_param`, `create_quantized_param` | packs a full-precision weight |
-| `update_missing_keys`, `postprocess_model`, `dequantize` | the same hook |
+| `get_special_dtypes_update`, `adjust_target_dtype`, `adjust_max_memory` | sizes for `device_map="auto"` |
+| `update_missing_keys` | the same hook, for what is not packed |
+| `maybe_update_state_dict` | takes every weight that is the quantizer's out of what was read, and sets it |
+| `postprocess_model`, `dequantize` | the same hook |
 
-A weight of a packed checkpoint is set as soon as its last component has come, whichever shards hold them.
+A weight of a packed checkpoint is set as soon as its last component has come, whichever shards hold
+them. diffusers' own loop over tensors, which compares shapes and casts, only sees what is left.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._lazy import require
-from ...errors import BackendError, CheckpointError
+from ...errors import BackendError, CheckpointError, ConfigError
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
+from .configs import saved_config, shown
 
 _PURPOSE = "pack its models"
 _BASE: Any = require("diffusers.quantizers.base", _PURPOSE).DiffusersQuantizer
 
 
 class WeightpackQuantizer(_BASE):  # type: ignore[misc]
-    """What diffusers takes for one of its quantizers. `quantizer` is weightpack's."""
+    """What diffusers takes for one of its quantizers. `quantizer` is weightpack's own."""
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
@@ -40,73 +43,66 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         modules_to_not_convert: Sequence[str] = (),
         quantizer: Quantizer | None = None,
     ) -> None:
+        self.quantization_config: Any
         super().__init__(
-            quantization_config, pre_quantized=pre_quantized, modules_to_not_convert=list(modules_to_not_convert)
+            shown(quantization_config), pre_quantized=pre_quantized, modules_to_not_convert=list(modules_to_not_convert)
         )
         self.quantizer = quantizer or AutoQuantizer.from_config(quantization_config, pre_quantized=pre_quantized)
-        self._device_map: Any = None
         self._model: Any = None
+        self._device_map: Any = None
+        self._keys: list[str] = []
         self._groups: dict[str, dict[str, str]] = {}
-        self._read: dict[str, Any] = {}
+        self._held: dict[str, Any] = {}
 
     # Before the model is built.
 
     def validate_environment(self, *, torch_dtype: Any = None, device_map: Any = None) -> None:
-        """diffusers calls it twice; the second time with the final device map."""
+        """diffusers calls it twice, the second time with the final device map."""
         self._device_map = device_map
         self.quantizer.validate_environment(torch_dtype=torch_dtype, device_map=device_map)
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """The quantizer's choice; it packs with it in mind."""
         self.quantizer.torch_dtype = self.quantizer.update_torch_dtype(torch_dtype)
         return self.quantizer.torch_dtype
 
     def update_device_map(self, device_map: Any) -> Any:
+        """The quantizer's choice: no GPU is no obstacle."""
         return self.quantizer.update_device_map(device_map)
 
-    # The keys of a packed checkpoint.
+    # The keys of the checkpoint.
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-        """The keys without those of packed weights, which this object sets by itself."""
-        if not self.pre_quantized:
-            return loaded_keys
-        if hasattr(self.quantizer, "file_metadata"):
-            self.quantizer.file_metadata = _metadata(checkpoint_files)
+        """The keys without the components of packed weights."""
+        self._keys = list(loaded_keys)
+        if self.pre_quantized:
+            setattr(self.quantizer, "file_metadata", _metadata(checkpoint_files))
+            self._keys = self._group(loaded_keys)
+        return self._keys
+
+    def _group(self, keys: Sequence[str]) -> list[str]:
+        """Finds the components of packed weights; gives the keys that are none."""
         left = []
-        for key in loaded_keys:
+        for key in keys:
             found = self.quantizer.component_of(key)
-            if found is None:
-                left.append(key)
-            else:
+            if found is not None:
                 self._groups.setdefault(found[0], {})[found[1]] = key
-        # A main component alone is an ordinary weight, `a.weight`.
-        for name in [name for name, keys in self._groups.items() if set(keys) == {""}]:
-            left.append(self._groups.pop(name)[""])
-        return left
-
-    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Takes the components of packed weights out of what was read, and sets the weights that are whole."""
-        if not self._groups:
-            return state_dict
-        owned = {key for keys in self._groups.values() for key in keys.values()}
-        self._read.update({key: value for key, value in state_dict.items() if key in owned})
-        for name in [name for name, keys in self._groups.items() if all(key in self._read for key in keys.values())]:
-            keys = self._groups.pop(name)
-            components = {component: self._read.pop(key) for component, key in keys.items()}
-            if self.quantizer.check_if_quantized_param(self._model, name):
-                self._set(name, components)
-        return {key: value for key, value in state_dict.items() if key not in owned}
-
-    def _set(self, name: str, value: Any) -> None:
-        device = _device_of(name, self._device_map)
-        self.quantizer.create_quantized_param(self._model, name, value, device=device, dtype=self.quantizer.torch_dtype)
-
-    @property
-    def supports_parallel_loading(self) -> bool:
-        return not self.pre_quantized
+            else:
+                left.append(key)
+        for name in left:
+            if name in self._groups:
+                # The main component has the name of the weight itself.
+                self._groups[name][""] = name
+        return [key for key in left if key not in self._groups]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        packed = {key for key in missing_keys if (self.quantizer.component_of(key) or (key,))[0] in self._groups}
-        return self.quantizer.update_missing_keys(model, [key for key in missing_keys if key not in packed])
+        """Those that are neither part of a packed weight nor set while a layer is made."""
+        unknown = [key for key in missing_keys if not self._is_packed(model, key)]
+        return self.quantizer.update_missing_keys(model, unknown)
+
+    def _is_packed(self, model: Any, key: str) -> bool:
+        owner = (self.quantizer.component_of(key) or (key, ""))[0]
+        return owner in self._groups and self.quantizer.check_if_quantized_param(model, owner)
 
     # The model.
 
@@ -114,51 +110,124 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         self, model: Any, *, device_map: Any = None, keep_in_fp32_modules: Sequence[str] = (), state_dict: Any = None
     ) -> None:
         self._model = model
-        self.quantizer.preprocess_model(
-            model,
-            keep_in_fp32=[entry for entry in keep_in_fp32_modules if entry is not None],
-            packed=frozenset(self._groups) if self.pre_quantized else None,
-        )
+        if state_dict is not None:
+            # `from_single_file` takes every file for a packed one.
+            self._group(list(state_dict))
+            self.quantizer.pre_quantized = bool(self._groups)
+        packed = frozenset(self._groups) if self.quantizer.pre_quantized else None
+        self.quantizer.preprocess_model(model, keep_in_fp32=list(keep_in_fp32_modules), packed=packed)
         self.modules_to_not_convert = list(self.quantizer.modules_to_not_convert)
         mark(model, self.quantizer)
+        self.quantization_config = saved_config(self.quantization_config, model, self.quantizer)
+        model.register_to_config(quantization_config=self.quantization_config)
+        self._expect(model, self._keys if state_dict is None else list(state_dict))
+        if state_dict is not None:
+            self._take(state_dict)
 
-    def check_if_quantized_param(
-        self, model: Any, param_value: Any, param_name: str, state_dict: Any, *, param_device: Any = None
-    ) -> bool:
-        return not self.pre_quantized and self.quantizer.check_if_quantized_param(model, param_name)
+    def _expect(self, model: Any, keys: list[str]) -> None:
+        """Settles which keys are the quantizer's. `keys` is the very list that diffusers compares with the
+        model's own: what is left in it, and what is not in it, counts as unexpected and as missing."""
+        if self.quantizer.pre_quantized:
+            # Packed weights for which the model has no layer are unexpected.
+            for name in [name for name in self._groups if not self.quantizer.check_if_quantized_param(model, name)]:
+                keys += self._groups.pop(name).values()
+        else:
+            names = {f"{path}.weight" for path in self.quantizer.quantized}
+            self._groups = {name: {"": name} for name in keys if name in names}
+            keys[:] = [key for key in keys if key not in names]
 
-    def create_quantized_param(
-        self,
-        model: Any,
-        param_value: Any,
-        param_name: str,
-        target_device: Any,
-        state_dict: Any = None,
-        unexpected_keys: Any = None,
-        *,
-        dtype: Any = None,
-    ) -> None:
-        self.quantizer.create_quantized_param(model, param_name, param_value, device=target_device, dtype=dtype)
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What was read, without what the quantizer has taken."""
+        if self._model is None:
+            return state_dict
+        left = dict(state_dict)
+        self._take(left)
+        return left
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Shards are read one after the other: components of a weight may come from several."""
+        return False
+
+    def _take(self, state_dict: dict[str, Any]) -> None:
+        """Takes the arrays of packed weights out of `state_dict`, and sets every weight that is whole."""
+        wanted = {key for keys in self._groups.values() for key in keys.values()}
+        for key in [key for key in state_dict if key in wanted]:
+            self._held[key] = state_dict.pop(key)
+        whole = [name for name, keys in self._groups.items() if all(key in self._held for key in keys.values())]
+        for name in whole:
+            components = {component: self._held.pop(key) for component, key in self._groups.pop(name).items()}
+            self._set(name, components)
+
+    def _set(self, name: str, components: dict[str, Any]) -> None:
+        device = _device_of(name, self._device_map)
+        if str(device) == "disk":
+            raise ConfigError(f'the device map puts "{name}" on disk, where diffusers keeps no packed weights')
+        value: Any = components
+        if not self.quantizer.pre_quantized:
+            value = components[""]
+            shape = self.quantizer.weight_shape(self._model, name)
+            if shape is not None and tuple(value.shape) != shape:
+                raise CheckpointError(
+                    f'"{name}" has shape {list(value.shape)} in the checkpoint, and {list(shape)} in the model'
+                )
+        elif str(device) == "cpu":
+            # Memory of its own, not that of a mapped file.
+            value = {component: array.clone() for component, array in components.items()}
+        self.quantizer.create_quantized_param(self._model, name, value, device=device, dtype=self.quantizer.torch_dtype)
 
     def _process_model_after_weight_loading(self, model: Any) -> Any:
-        """Raises `CheckpointError` when components of a weight are not in the files."""
+        """Raises `CheckpointError` when components of a weight are in no file."""
         if self._groups:
             name, keys = next(iter(self._groups.items()))
-            lacking = [key for key in keys.values() if key not in self._read]
-            raise CheckpointError(f'"{name}" is not whole: {", ".join(lacking)} of it is in no file')
+            lacking = [key for key in keys.values() if key not in self._held]
+            raise CheckpointError(f'the packed weight "{name}" is not whole: {", ".join(lacking)} is in no file')
         self.quantizer.postprocess_model(model)
         self._model = None
         return model
+
+    # Sizes, for `device_map="auto"`.
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: Any) -> dict[str, Any]:
+        """The type of every parameter that is not packed."""
+        names = [name for name, _ in model.named_parameters()]
+        return {name: torch_dtype for name in names if not self.quantizer.check_if_quantized_param(model, name)}
+
+    def adjust_target_dtype(self, torch_dtype: Any) -> Any:
+        """The element type whose size is closest to that of the packed weights."""
+        custom = require("accelerate.utils", _PURPOSE).CustomDtype
+        bits = self._bits_per_weight()
+        if bits is None or bits > 8.5:
+            return torch_dtype
+        if bits > 5:
+            return require("torch", _PURPOSE).int8
+        return custom.INT4 if bits > 3 else custom.INT2
+
+    def _bits_per_weight(self) -> float | None:
+        packed = weights = 0
+        for path in self.quantizer.quantized:
+            size = self.quantizer.packed_bytes(self._model, f"{path}.weight")
+            shape = self.quantizer.weight_shape(self._model, f"{path}.weight")
+            if size is not None and shape is not None:
+                packed += size
+                weights += shape[0] * shape[1]
+        return 8 * packed / weights if weights else None
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """A tenth less, for scales, which the element type does not count."""
+        adjusted = self.quantizer.adjust_max_memory(max_memory)
+        return {device: int(size * 0.9) for device, size in adjusted.items()}
 
     # Later.
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What diffusers' `save_pretrained` writes; torchao's tensors are taken apart as diffusers does it."""
         if self.quantizer.name != "torchao":
             return state_dict, {}
-        torchao = require("diffusers.quantizers.torchao.torchao_quantizer", _PURPOSE).TorchAoHfQuantizer
-        flat: tuple[dict[str, Any], dict[str, Any]] = torchao.get_state_dict_and_metadata(
+        own = require("diffusers.quantizers.torchao.torchao_quantizer", _PURPOSE).TorchAoHfQuantizer
+        flat: tuple[dict[str, Any], dict[str, Any]] = own.get_state_dict_and_metadata(
             self, state_dict, safe_serialization=safe_serialization
         )
         return flat
@@ -171,14 +240,17 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
 
     @property
     def is_serializable(self) -> bool:
+        """As the quantizer says."""
         return self.quantizer.is_serializable
 
     @property
     def is_trainable(self) -> bool:
+        """As the quantizer says."""
         return self.quantizer.is_trainable
 
     @property
     def is_compileable(self) -> bool:
+        """As the quantizer says."""
         return self.quantizer.is_compileable
 
 
@@ -191,16 +263,16 @@ def mark(model: Any, quantizer: Quantizer) -> None:
     for bits in ("4bit", "8bit"):
         if quantizer.name == f"bitsandbytes_{bits}":
             setattr(model, f"is_loaded_in_{bits}", True)
-            setattr(model, f"is_{bits}_serializable", quantizer.is_serializable)
 
 
 def attach(model: Any, quantizer: Quantizer, torch_dtype: Any) -> None:
     """Leaves on a model that weightpack loaded what diffusers' own loader leaves on one."""
     mark(model, quantizer)
-    adapter = WeightpackQuantizer(quantizer.config, pre_quantized=quantizer.pre_quantized, quantizer=quantizer)
+    config = saved_config(quantizer.config, model, quantizer)
+    adapter = WeightpackQuantizer(config, pre_quantized=quantizer.pre_quantized, quantizer=quantizer)
     adapter.modules_to_not_convert = list(quantizer.modules_to_not_convert)
     model.hf_quantizer = adapter
-    model.register_to_config(quantization_config=quantizer.config, _pre_quantization_dtype=torch_dtype)
+    model.register_to_config(quantization_config=config, _pre_quantization_dtype=torch_dtype)
 
 
 def _metadata(files: Sequence[Any]) -> Mapping[str, str]:
@@ -221,5 +293,5 @@ def _device_of(name: str, device_map: Any) -> Any:
     while name and name not in device_map:
         name = name.rpartition(".")[0]
     if name not in device_map:
-        raise CheckpointError(f'the device map says nothing of "{name}"')
+        raise ConfigError('the device map does not cover the whole model: it has no ""')
     return device_map[name]

@@ -1,0 +1,78 @@
+"""weightpack behind diffusers' own `from_pretrained`: written into diffusers' tables, and taken out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..._lazy import require
+from ...quantizers.auto import config_class, quantizer_names
+
+_PURPOSE = "register with it"
+_UNTOUCHED = frozenset({"gguf"})
+"""diffusers reads GGUF files by `from_single_file`, in its own way."""
+_OWN_CONFIG = frozenset({"quanto", "torchao", "modelopt"})
+"""Methods whose section of a `config.json` is read by weightpack: diffusers reads a list that
+transformers wrote as its own default, or cannot make its config at all."""
+_MISSING = object()
+
+_before: dict[str, dict[str, Any]] = {}
+"""What stood in each table, by key, before `register`."""
+
+
+def register() -> None:
+    """Makes diffusers' own `from_pretrained` pack through weightpack.
+
+    From now on every quantization config that diffusers knows for bitsandbytes, quanto, torchao and
+    ModelOpt, diffusers' own object or weightpack's, leads to weightpack's quantizer: for one model, and
+    for the models of a pipeline. The same bytes come out, in the same classes; no GPU is needed to pack.
+    Backends added by `weightpack.register_quantizer` are known to diffusers too. Calling it again only
+    adds what is new. Raises `BackendError` where diffusers is not installed.
+    """
+    from .quantizer import WeightpackQuantizer
+
+    quantizers, configs = _tables()
+    for name in quantizer_names():
+        own = config_class(name)
+        theirs = configs.get(name)
+        if name in _UNTOUCHED:
+            _put("configs", configs, f"weightpack {name}", own)
+            continue
+        _put("quantizers", quantizers, name, WeightpackQuantizer)
+        if theirs is own:
+            continue
+        if theirs is None or name in _OWN_CONFIG:
+            _put("configs", configs, name, own)
+            if theirs is not None:
+                # A pipeline's config takes any object whose class is in the table.
+                _put("configs", configs, f"diffusers {name}", theirs)
+        else:
+            _put("configs", configs, f"weightpack {name}", own)
+
+
+def unregister() -> None:
+    """Takes back `register`: diffusers' tables are as they were. Does nothing where that is so already."""
+    if not _before:
+        return
+    tables = dict(zip(("quantizers", "configs"), _tables(), strict=True))
+    for table, entries in _before.items():
+        for key, value in entries.items():
+            if value is _MISSING:
+                tables[table].pop(key, None)
+            else:
+                tables[table][key] = value
+    _before.clear()
+
+
+def is_registered() -> bool:
+    """Whether `register` is in force."""
+    return bool(_before)
+
+
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    auto = require("diffusers.quantizers.auto", _PURPOSE)
+    return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _put(table: str, entries: dict[str, Any], key: str, value: Any) -> None:
+    _before.setdefault(table, {}).setdefault(key, entries.get(key, _MISSING))
+    entries[key] = value
