@@ -76,7 +76,8 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         """The keys without the components of packed weights."""
         self._keys = list(loaded_keys)
         if self.pre_quantized:
-            setattr(self.quantizer, "file_metadata", _metadata(checkpoint_files))
+            quantizer: Any = self.quantizer
+            quantizer.file_metadata = _metadata(checkpoint_files)
             self._keys = self._group(loaded_keys)
         return self._keys
 
