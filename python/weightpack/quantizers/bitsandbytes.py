@@ -135,6 +135,10 @@ class _BitsAndBytesQuantizer(Quantizer):
         super().validate_environment(torch_dtype=torch_dtype, device_map=device_map)
         self._check_offload(device_map)
 
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """By default float16, as in diffusers; other hosts say what the files hold."""
+        return torch_dtype if torch_dtype is not None else require("torch", "load models").float16
+
     def update_device_map(self, device_map: Any) -> Any:
         """`None`: the current GPU, where there is one."""
         if device_map is None:
