@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use numpy::PyReadwriteArray1;
+use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1};
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 use serde_json::json;
@@ -198,10 +198,15 @@ impl Checkpoint {
         &self,
         py: Python<'_>,
         jobs: &str,
-        mut out: Vec<PyReadwriteArray1<'_, u8>>,
+        out: Vec<Bound<'_, PyArray1<u8>>>,
         threads: Option<usize>,
         on_progress: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Vec<u64>>> {
+        let shared = |_| Error::config("an array is read-only, or shares memory with another one");
+        let mut out = out
+            .iter()
+            .map(|array| array.try_readwrite().map_err(shared))
+            .collect::<Result<Vec<_>>>()?;
         let out = out
             .iter_mut()
             .map(|array| array.as_slice_mut())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
+NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "int8": "I8"}
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -75,3 +76,17 @@ def digest(path: Path) -> dict[str, str]:
     """Hash of every file at or below `path`."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def peak_anonymous(words: list[str]) -> int:
+    """Largest RssAnon of a process, in bytes, sampled every 2 ms."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = 0
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(0.002)
+    assert process.returncode == 0, process.stderr.read() if process.stderr else ""
+    return peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import weightpack as wp
+from weightpack import errors
 from weightpack.mapping import Interleave, Rows
 from weightpack.streaming import Component, Job, fill, layout
 
@@ -150,3 +152,144 @@ def test_packed_tensors(make_model: Callable[..., Path], tmp_path: Path, to: str
     same(decoded, {"": packed.read("layers.0.up_proj.weight", "float32")})
     (again,) = filled(packed, [Job("layers.0.up_proj.weight", "gguf:q8_0", through="bfloat16")])
     same(again, wp.quantize(packed.read("layers.0.up_proj.weight", "bfloat16"), "q8_0"))
+
+
+def test_a_file_may_leave_out_a_table(make_model: Callable[..., Path]) -> None:
+    weights = normal((64, 64))
+    packed = wp.quantize(weights, "bitsandbytes:int8")
+    stored = {"a.weight": packed[""], "a.SCB": packed["SCB"]}
+    checkpoint = wp.open_checkpoint(make_model(stored))
+    copied, whole = filled(checkpoint, [Job("a.weight", "copy"), Job("a.weight", "bitsandbytes:int8")])
+    same(copied, {"": packed[""], "SCB": packed["SCB"]})
+    same(whole, packed)
+
+
+def test_a_pipeline_and_torch_tensors(make_model: Callable[..., Path], tmp_path: Path, peer: Any) -> None:
+    torch = peer("torch")
+    weights = {name: {"proj.weight": normal((64, 96), seed)} for seed, name in enumerate(("transformer", "vae"))}
+    (tmp_path / "model_index.json").write_text(json.dumps({name: ["diffusers", "Model"] for name in weights}))
+    for name, stored in weights.items():
+        path = make_model(stored, name)
+        path.rename(path.with_name("diffusion_pytorch_model.safetensors"))
+    checkpoint = wp.open_checkpoint(tmp_path)
+    jobs = [Job(f"{name}/proj.weight", "f32", through=torch.float16) for name in ("vae", "transformer", "vae")]
+    out = [[torch.full((64, 96), 7.0)] for _ in jobs]
+    found = fill(checkpoint, jobs, out)
+    for job, (tensor,), (given,) in zip(jobs, found, out, strict=True):
+        assert tensor is given
+        expected = weights[job.name.partition("/")[0]]["proj.weight"].astype(np.float16).astype(np.float32)
+        assert np.array_equal(tensor.numpy(), expected)
+    half = [torch.empty(64, 96, dtype=torch.bfloat16)]
+    fill(checkpoint, [Job("vae/proj.weight", "copy")], [half])
+    assert half[0].view(torch.int16).numpy().tobytes() == weights["vae"]["proj.weight"].tobytes()
+
+
+def broken(job: Job, checkpoint: wp.Checkpoint, out: list[np.ndarray] | None = None) -> str:
+    """What is said about a job; the one before it must not have been begun."""
+    first = [np.full((7, 33), 3, np.float32)]
+    if out is None:
+        out = arrays(layout(job, checkpoint[job.name]))
+    with pytest.raises(errors.WeightpackError) as raised:
+        fill(checkpoint, [Job("odd.weight", "copy"), job], [first, out])
+    assert (first[0] == 3).all()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_every_job_is_checked_before_any_is_begun(model: wp.Checkpoint) -> None:
+    file = f'file "{model["a.weight"].file}"'
+    short = arrays(layout(Job("a.weight", "nf4"), model["a.weight"]))
+    short[1] = short[1][:-1]
+    told = broken(Job("a.weight", "nf4"), model, short)
+    assert told.startswith('FormatError: component "absmax": expected 9632 bytes, got 9628 (tensor "a.weight"')
+    assert file in told
+    told = broken(Job("a.bias", "copy"), model, [np.empty(300, np.uint16)])
+    assert told.startswith('FormatError: array "a.bias": expected 602 bytes, got 600 (tensor "a.bias"')
+    two = [np.empty(301, np.uint16), np.empty(1)]
+    assert "3 arrays for the 2 of 2 tensors" in broken(Job("a.bias", "copy"), model, two)
+    cases = {
+        ("a.bias", "bitsandbytes:int8"): "FormatError",
+        ("odd.weight", "gguf:q8_0"): "FormatError",
+        ("steps", "bitsandbytes:nf4"): "UnsupportedError",
+        ("a.weight", "gguf:iq1_s"): "UnsupportedError",
+    }
+    for (name, format), kind in cases.items():
+        told = broken(Job(name, format), model, [np.empty(1, np.uint8)])
+        assert told.startswith(kind)
+        assert name in told
+        assert file in told
+    for job in (
+        Job("a.weight", "nf4", {"block_size": 3}),
+        Job("a.weight", "copy", add=1.0),
+        Job("a.weight", "copy", through="float16"),
+        Job("a.weight", "nf4", through="F64"),
+        Job("a.weight", "f32", shape=(3, 3)),
+        Job("a.weight", "f32", rows=(Rows("a.weight", 0, 500),), shape=(500, 512)),
+    ):
+        assert broken(job, model, [np.empty(1, np.uint8)]).startswith("ConfigError")
+    with pytest.raises(KeyError):
+        fill(model, [Job("nowhere", "copy")], [[]])
+    with pytest.raises(errors.ConfigError, match="did you mean"):
+        fill(model, [Job("a.weight", "nf5")], [[]])
+    with pytest.raises(errors.ConfigError, match="1 lists of arrays for 2"):
+        fill(model, [Job("a.weight", "copy")] * 2, [[]])
+    with pytest.raises(errors.ConfigError, match="not known"):
+        layout(Job("a.weight", "f32", rows=(Rows("a.weight"), Rows("stack.weight"))), model["a.weight"])
+    with pytest.raises(errors.FormatError, match="contiguous"):
+        fill(model, [Job("a.weight", "copy")], [[np.empty((512, 301), np.uint16).T]])
+    again = np.empty((301, 512), np.uint16)
+    with pytest.raises(errors.ConfigError, match="shares memory"):
+        fill(model, [Job("a.weight", "copy")] * 2, [[again], [again]])
+    with pytest.raises(errors.ConfigError, match="shares memory"):
+        fill(model, [Job("a.bias", "copy")] * 2, [[again[0, :301]], [again.reshape(-1)[300:601]]])
+    fixed = np.empty((301, 512), np.uint16)
+    fixed.flags.writeable = False
+    with pytest.raises(errors.FormatError, match="read-only"):
+        fill(model, [Job("a.weight", "copy")], [[fixed]])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_weights_that_are_not_finite(make_model: Callable[..., Path], tmp_path: Path, threads: int) -> None:
+    stored = {"a.weight": normal((900, 1024)), "b.weight": normal((700, 1024), 2, np.float32)}
+    stored["a.weight"][800, 7] = np.nan
+    stored["b.weight"][1, 0] = 1e5
+    source = make_model(stored)
+    checkpoint = wp.open_checkpoint(source)
+    with pytest.raises(errors.FormatError) as converting:
+        wp.convert(source.parent, tmp_path / "out", to="nf4", layers="names", only=["a.weight", "b.weight"])
+    with pytest.raises(errors.FormatError) as filling:
+        filled(checkpoint, [Job(name, "nf4") for name in stored], threads=threads)
+    assert str(filling.value) == str(converting.value)
+    assert "weight 819207 is NaN" in str(filling.value)
+    with pytest.raises(errors.FormatError, match=r"weight 1024 is inf, .*b\.weight"):
+        filled(checkpoint, [Job("b.weight", "nf4", through="float16")], threads=threads)
+    (kept,) = filled(checkpoint, [Job("a.weight", "nf4", {"keep_nonfinite": True})], threads=threads)
+    same(kept, wp.quantize(stored["a.weight"], "nf4", keep_nonfinite=True))
+    (cast,) = filled(checkpoint, [Job("a.weight", "f32")], threads=threads)
+    same(cast, {"": stored["a.weight"].astype(np.float32)})
+
+
+@pytest.mark.parametrize("format", ["copy", "bitsandbytes:nf4"])
+def test_a_file_that_was_cut_short(make_model: Callable[..., Path], format: str) -> None:
+    source = make_model({"a.weight": normal((64, 64)), "b.weight": normal((64, 64))})
+    checkpoint = wp.open_checkpoint(source)
+    with source.open("r+b") as file:
+        file.truncate(source.stat().st_size - 1)
+    with pytest.raises(errors.CheckpointError, match=r"file ends at byte .*tensor \"b.weight\", file .*model.saf"):
+        filled(checkpoint, [Job(name, format) for name in checkpoint])
+
+
+def test_progress_is_told_and_can_stop_the_work(model: wp.Checkpoint) -> None:
+    jobs = [Job("large.weight", "gguf:q4_k")] * 40
+    seen = []
+    filled(model, jobs, on_progress=lambda *told: seen.append(told))
+    assert seen
+    assert all(0 <= read <= total == 40 * 2000 * 1280 * 2 for read, total, _, _ in seen)
+    assert all(written <= 40 * 2000 * 720 for _, _, written, _ in seen)
+    assert {name for *_, name in seen} == {"large.weight"}
+    assert seen == sorted(seen)
+
+    def stop(*told: Any) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        filled(model, jobs, on_progress=stop)

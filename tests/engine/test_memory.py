@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .conftest import command, layers, normal, write_safetensors
+from .conftest import command, layers, normal, peak_anonymous, write_safetensors
 
 LIMIT = 256 * 10**6
-
-
-def peak_anonymous(words: list[str]) -> int:
-    """Largest RssAnon of a process, in bytes, sampled every 2 ms."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = 0
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.002)
-    assert process.returncode == 0, process.stderr.read() if process.stderr else ""
-    return peak
 
 
 @pytest.mark.parametrize("options", [["--to", "nf4"], ["--to", "nf4", "--double-quant"], ["--to", "bitsandbytes:int8"]])
@@ -60,6 +46,41 @@ def test_gigabytes(tmp_path: Path, options: list[str], shape: str) -> None:
     write_safetensors(folder / "model.safetensors", tensors)
     words = command("convert", folder, tmp_path / "out", *options, "--layers", "names")
     assert peak_anonymous(words) <= LIMIT
+
+
+FILL = """
+import sys
+import numpy as np
+import weightpack as wp
+from weightpack.streaming import Job, fill, layout
+
+checkpoint = wp.open_checkpoint(sys.argv[1])
+types = {"U8": "u1", "I8": "i1", "F32": "f4", "BF16": "u2"}
+jobs, out = [], []
+for name, entry in checkpoint.items():
+    quantized = len(entry.shape) == 2
+    params = {"double_quant": True} if quantized and sys.argv[2] == "double" else {}
+    form = {"int8": "bitsandbytes:int8", "copy": "copy"}.get(sys.argv[2], "bitsandbytes:nf4")
+    jobs.append(Job(name, form if quantized else "f32", params))
+    out.append([np.empty(shape, types[kind]) for _, _, shape, kind, _ in layout(jobs[-1], entry)])
+if sys.argv[3] == "fill":
+    fill(checkpoint, jobs, out, threads=2)
+    print(sum(array.nbytes for arrays in out for array in arrays))
+else:
+    fill(checkpoint, jobs[1:3], out[1:3], threads=2)
+"""
+
+
+@pytest.mark.parametrize("to", ["nf4", "double", "int8", "copy"])
+@pytest.mark.parametrize("shape", ["many tensors", "one tensor"])
+def test_filling_arrays(make_model: Callable[..., Path], to: str, shape: str) -> None:
+    weights = layers(150) if shape == "many tensors" else {"a.weight": normal((40_000, 4096))}
+    source = make_model(weights)
+    words = [sys.executable, "-c", FILL, str(source), to]
+    told = subprocess.run([*words, "fill"], capture_output=True, text=True, check=True)
+    packed = int(told.stdout)
+    assert packed > (75e6 if to != "copy" else 300e6)
+    assert peak_anonymous([*words, "fill"]) - peak_anonymous([*words, "nothing"]) <= packed + 64e6
 
 
 def test_the_plan_states_the_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
