@@ -75,7 +75,8 @@ class Host(Protocol):
         """Names of classes whose modules stay on one device."""
 
     def tie(self, model: Any) -> None:
-        """Makes tied parameters one again, after loading."""
+        """Makes tied parameters one again. Called once everything that is in the checkpoint has been set: what is
+        on the meta device then was not there, or stays on disk."""
 
     def may_miss(self, model: Any, names: Sequence[str]) -> list[str]:
         """Those of the missing parameters that matter: tied ones and those made anew do not."""

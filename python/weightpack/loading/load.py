@@ -9,7 +9,7 @@
 | 5 skeleton | the model class with its parameters on the meta device, buffers real |
 | 6 layers | the walker puts the backend's layers in place; `device_map="auto"` is worked out |
 | 7 weights | streamed from the files by the engine, packed on the way, set one batch after the other |
-| 8 end | missing weights get first values, tied ones are tied, the quantizer finishes |
+| 8 end | tied weights are tied, missing ones get first values, the quantizer finishes |
 | 9 registration | `hf_quantizer`, `_pre_quantization_dtype`, hooks of accelerate where there are several devices |
 """
 
@@ -162,6 +162,7 @@ def from_pretrained(
         )
         loader.load(plan.targets)
         _share(model, plan, shared, quantizer)
+        host.tie(model)
         missing.fill(
             host,
             model,
@@ -175,7 +176,6 @@ def from_pretrained(
         )
     finally:
         weights.close()
-    host.tie(model)
     missing.refuse_meta(model, placement)
     if quantizer is not None:
         quantizer.postprocess_model(model)

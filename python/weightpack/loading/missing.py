@@ -8,7 +8,7 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import CheckpointError
-from ..quantizers.modules import find_tensor, owner
+from ..quantizers.modules import find_tensor, owner, set_parameter
 from .devices import DISK, Placement
 from .host import Host
 from .keys import LoadingInfo
@@ -50,7 +50,7 @@ def fill(
     torch_dtype: Any,
     set_tensor: Callable[[str, Any, str], None],
 ) -> None:
-    """Gives everything that the checkpoint lacks first values.
+    """Gives everything that the checkpoint lacks first values; what is tied by now stays one tensor.
 
     Afterwards `info.missing` names what a person should know of. `state` are the skeleton's tensors.
     """
@@ -59,9 +59,16 @@ def fill(
     told = list(info.missing) if quantizer is None else quantizer.update_missing_keys(model, list(info.missing))
     info.missing = host.may_miss(model, told)
     plain = []
+    # The tensors themselves are held, so that none of their identities is used again.
+    firsts: dict[int, tuple[str, Any]] = {}
+    others: list[tuple[str, str]] = []
     for name in lacking:
         current = find_tensor(model, name)
         if current is not None and current.device.type != "meta":
+            continue
+        first, _ = firsts.setdefault(id(current), (name, current))
+        if current is not None and first != name:
+            others.append((name, first))
             continue
         old = state[name]
         wanted = (dtype_of(name) if old.is_floating_point() else None) or old.dtype
@@ -75,6 +82,8 @@ def fill(
             plain.append(name)
     if plain:
         host.initialise(model, plain)
+    for name, first in others:
+        set_parameter(model, name, find_tensor(model, first))
 
 
 def refuse_meta(model: Any, placement: Placement) -> None:
