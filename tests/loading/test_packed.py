@@ -227,6 +227,27 @@ def test_modules_on_disk_are_left_as_they_are(tmp_path):
     assert ((model(nets.TOKENS) - reference).norm() / reference.norm()).item() < 0.2
 
 
+def test_a_budget_that_sends_packed_layers_to_disk(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("sizes are shown on a machine where the CPU is the only device")
+    net = nets.make(width=256, depth=4)
+    folder = nets.save(tmp_path / "net", net, width=256, depth=4)
+    model = wp.from_pretrained(
+        nets.Net,
+        folder,
+        quantization_config={**NF4.to_dict(), "llm_int8_enable_fp32_cpu_offload": True},
+        device_map="sequential",
+        max_memory={"cpu": 1_200_000},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    reference = net(nets.TOKENS)
+    assert ((model(nets.TOKENS) - reference).norm() / reference.norm()).item() < 0.2
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert (path in model.hf_quantizer.quantized) == (module.weight.device.type == "cpu"), path
+
+
 def test_nothing_is_left_open_or_behind_after_an_error(tmp_path):
     folder = nets.save(tmp_path / "net", nets.make())
     before = sorted(tmp_path.rglob("*"))

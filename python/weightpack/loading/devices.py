@@ -7,9 +7,9 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import ConfigError
+from ..placement import DISK, Placement
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-DISK = "disk"
 _PURPOSE = "spread a model over devices"
 
 
@@ -120,25 +120,3 @@ def spread(model: Any, device_map: Mapping[str, Any]) -> dict[str, Any]:
 
     walk(model, "")
     return found
-
-
-class Placement:
-    """The device of each tensor, by the longest module path in a device map."""
-
-    def __init__(self, device_map: Mapping[str, Any] | None) -> None:
-        self._map = dict(device_map) if device_map is not None else {"": "cpu"}
-
-    def of(self, name: str) -> str:
-        """The device of tensor `name`. Raises `ConfigError` for one that the map leaves out."""
-        path = name
-        while True:
-            if path in self._map:
-                return str(self._map[path])
-            if not path:
-                raise ConfigError(f'the device map has no device for "{name}"', hint='"" names the whole model')
-            path = path.rpartition(".")[0]
-
-    @property
-    def on_disk(self) -> list[str]:
-        """Paths of the modules that stay on disk."""
-        return [path for path, device in self._map.items() if device == DISK]

@@ -23,6 +23,7 @@ from typing import Any
 from .._lazy import require
 from ..errors import ConfigError
 from ..model_config import main_dtype
+from ..placement import DISK, Placement
 from ..quantizers.auto import AutoQuantizer, embedded_config
 from ..quantizers.dtypes import torch_dtype as as_torch_dtype
 from ..quantizers.modules import find_tensor, set_parameter
@@ -133,17 +134,30 @@ def from_pretrained(
         own_dtypes = {name: tensor.dtype for name, tensor in state.items() if tensor.is_floating_point()}
         if quantizer is not None:
             quantizer.entries = {t.name: logical[t.sources[0]].entry for t in plan.targets}
-            on_disk = devices.Placement(device_map).on_disk if isinstance(device_map, dict) else []
-            quantizer.preprocess_model(
-                model,
-                skip=[*host.protected(model), *_tied_layers(model, shared), *on_disk],
-                keep_in_fp32=in_fp32,
-                packed=plan.packed if quantizer.pre_quantized else None,
-            )
+
+        def prepare(skeleton: Any, places: Any) -> Any:
+            if quantizer is not None:
+                quantizer.device_map = places
+                quantizer.preprocess_model(
+                    skeleton,
+                    skip=[*host.protected(skeleton), *_tied_layers(skeleton, shared)],
+                    keep_in_fp32=in_fp32,
+                    packed=plan.packed if quantizer.pre_quantized else None,
+                )
+            return skeleton
+
+        model = prepare(model, device_map)
         dtype_of = _dtypes(host, state, own_dtypes, dtype, in_fp32)
-        device_map = _placed(model, device_map, max_memory, host, quantizer, dtype_of)
-        placement = devices.Placement(device_map)
-        disk = Disk(offload_folder) if placement.on_disk else None
+        if isinstance(device_map, str):
+            device_map = _placed(model, device_map, max_memory, host, quantizer, dtype_of)
+            if quantizer is not None:
+                quantizer.validate_environment(torch_dtype=dtype, device_map=device_map)
+                quantizer.device_map = device_map
+                if any(quantizer.is_offloaded(path) for path in quantizer.quantized):
+                    # These layers turn out to be where they cannot be packed.
+                    model = prepare(build(make), device_map)
+        placement = Placement(device_map)
+        disk = Disk(offload_folder) if placement.has_disk else None
 
         def set_tensor(name: str, tensor: Any, device: str) -> None:
             _set(torch, model, state, name, tensor, device, disk)
@@ -252,15 +266,12 @@ def _tied_layers(model: Any, shared: Mapping[str, list[str]]) -> list[str]:
 
 def _placed(
     model: Any,
-    device_map: Any,
+    device_map: str,
     max_memory: Mapping[Any, Any] | None,
     host: Host,
     quantizer: Any,
     dtype_of: Callable[[str], Any],
-) -> dict[str, Any] | None:
-    if device_map is None or isinstance(device_map, dict):
-        return device_map
-
+) -> dict[str, Any]:
     def nbytes(name: str, tensor: Any) -> int:
         packed = quantizer.packed_bytes(model, name) if quantizer is not None else None
         if packed is not None:
@@ -276,7 +287,7 @@ def _placed(
 
 def _set(torch: Any, model: Any, state: Mapping[str, Any], name: str, tensor: Any, device: str, disk: Any) -> None:
     old = state[name]
-    if device == devices.DISK:
+    if device == DISK:
         disk.add(name, tensor)
         return
     tensor = tensor.to(device)

@@ -8,8 +8,8 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import CheckpointError
+from ..placement import DISK, Placement
 from ..quantizers.modules import find_tensor, owner, set_parameter
-from .devices import DISK, Placement
 from .host import Host
 from .keys import LoadingInfo
 from .skeleton import state_of

@@ -9,10 +9,10 @@ from typing import Any
 from .._lazy import require
 from ..entry import FLOATS
 from ..errors import CheckpointError, FormatError
+from ..placement import DISK, Placement
 from ..quantizers.dtypes import of_stored, stored_name
 from ..quantizers.modules import owner
 from ..streaming import Job, layout
-from .devices import DISK, Placement
 from .host import Target
 from .keys import Logical
 from .source import Weights

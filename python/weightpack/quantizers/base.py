@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 from .._lazy import require
 from ..errors import BackendError
 from ..matcher import Matcher
+from ..placement import DISK, Placement
 from .config import QuantizationConfig
 from .modules import replace_layers
 
@@ -62,6 +63,7 @@ class Quantizer(ABC):
     """Base of all quantizers.
 
     `config` is the quantization config, `pre_quantized` whether the checkpoint is packed already.
+    `torch_dtype` and `device_map` are what the hooks of these names settled on.
     After `preprocess_model`, `quantized` maps the path of each layer that the quantizer took over to
     the entry of the model before (its class), and `modules_to_not_convert` is the effective skip list.
     """
@@ -83,6 +85,7 @@ class Quantizer(ABC):
         self.modules_to_not_convert: list[str] = []
         self.quantized: dict[str, type] = {}
         self.torch_dtype: Any = None
+        self.device_map: Any = None
 
     # Before the model is built.
 
@@ -113,23 +116,28 @@ class Quantizer(ABC):
     ) -> None:
         """Chooses the layers, and puts the backend's in their place.
 
-        `skip` are modules that the host protects, `keep_in_fp32` those it keeps in float32; the
-        config's own list comes on top. `packed` are the parameters (`a.b.weight`) that the checkpoint
-        holds in packed form: then these decide, and not the lists.
+        `skip` are the paths of modules that the host protects (with all below them), `keep_in_fp32`
+        entries for those it keeps in float32; the config's own list comes on top.
+        `packed` are the parameters (`a.b.weight`) that the checkpoint holds in packed form: then these
+        decide, and not the lists.
         """
-        self.modules_to_not_convert = list(dict.fromkeys([*self.config.skip_list, *skip, *keep_in_fp32]))
-        matcher = Matcher(self.modules_to_not_convert)
         own = Matcher(self.config.skip_list)
+        matcher = Matcher([*self.config.skip_list, *keep_in_fp32])
+        protected = set(skip)
+        self.modules_to_not_convert = list(dict.fromkeys([*matcher.entries, *skip]))
+        self.quantized = {}
         paths: list[str] = []
 
         def choose(path: str, module: Any) -> Any:
             if not self.takes(path, module):
                 return None
             paths.append(path)
+            if self.is_offloaded(path):
+                return None
             if packed is not None and self.pre_quantized:
                 if f"{path}.weight" not in packed:
                     return None
-            elif matcher.matches(path):
+            elif matcher.matches(path) or _is_below(path, protected):
                 return None
             new = self.replace_layer(path, module)
             if new is not None:
@@ -140,6 +148,10 @@ class Quantizer(ABC):
         if packed is None:
             for entry in own.unused(paths):
                 warnings.warn(f'the entry "{entry}" of the skip list names no layer of the model', stacklevel=3)
+
+    def is_offloaded(self, path: str) -> bool:
+        """Whether the device map keeps the module at `path` where its weights cannot be packed: on disk."""
+        return isinstance(self.device_map, Mapping) and Placement(self.device_map).of(path) == DISK
 
     def takes(self, path: str, module: Any) -> bool:
         """Whether the backend has a layer for `module`: by default for `torch.nn.Linear` itself."""
@@ -217,6 +229,15 @@ class Quantizer(ABC):
         packed from). Raises `BackendError` where the backend cannot.
         """
         raise BackendError(f"{self.name} weights are not turned back by this backend")
+
+
+def _is_below(path: str, others: Collection[str]) -> bool:
+    """Whether `path` is one of `others`, or leads through one."""
+    while path:
+        if path in others:
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def check_version(needed: Requirement, installed: str) -> None:

@@ -6,13 +6,14 @@ One config for both, with the fields that transformers and diffusers know, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
 from .._lazy import require
 from ..errors import ConfigError, FormatError
+from ..placement import DISK, Placement
 from .base import Packing, Quantizer, Requirement
 from .config import QuantizationConfig, QuantizationMethod, flag, names_of, one_of
 from .dtypes import dtype_name, stored_name, torch_dtype
@@ -127,8 +128,6 @@ class _BitsAndBytesQuantizer(Quantizer):
     """Whether weights are rounded to the model's own type before they are packed, as both hosts do; otherwise
     they are packed from the type they are stored in."""
 
-    device_map: Any = None
-
     def validate_environment(self, *, torch_dtype: Any = None, device_map: Any = None) -> None:
         """Raises `BackendError` for a package that is missing or too old, `ConfigError` for a `device_map` that
         puts layers to be packed on the CPU or disk of a machine whose GPU runs the rest. No GPU is needed."""
@@ -151,18 +150,12 @@ class _BitsAndBytesQuantizer(Quantizer):
         self.device_map = device_map
         return device_map
 
-    def preprocess_model(
-        self,
-        model: Any,
-        *,
-        skip: Iterable[str] = (),
-        keep_in_fp32: Iterable[str] = (),
-        packed: Collection[str] | None = None,
-    ) -> None:
-        """Leaves out what the device map offloads, where that is allowed."""
-        super().preprocess_model(
-            model, skip=[*skip, *_offloaded(self.device_map)], keep_in_fp32=keep_in_fp32, packed=packed
-        )
+    def is_offloaded(self, path: str) -> bool:
+        """Also on the CPU, where a GPU runs the rest."""
+        if not isinstance(self.device_map, Mapping):
+            return False
+        placement = Placement(self.device_map)
+        return placement.of(path) == DISK or (placement.has_accelerator and placement.of(path) == "cpu")
 
     def takes(self, path: str, module: Any) -> bool:
         """Linear layers, and the `Conv1D` of GPT-2, a linear layer whose weight lies the other way round."""
@@ -352,10 +345,9 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _offloaded(device_map: Any) -> list[str]:
-    """The modules that a mixed device map puts on the CPU or disk; a map of nothing but the CPU offloads none."""
+    """The modules that a device map puts on disk, or on the CPU beside a GPU."""
     if not isinstance(device_map, Mapping):
         return []
     kinds = {path: str(getattr(device, "type", device)) for path, device in device_map.items()}
-    if set(kinds.values()) <= {"cpu"}:
-        return []
-    return [path for path, kind in kinds.items() if kind in ("cpu", "disk")]
+    beside = ("cpu", "disk") if set(kinds.values()) - {"cpu", "disk"} else ("disk",)
+    return [path for path, kind in kinds.items() if kind in beside]
