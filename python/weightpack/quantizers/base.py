@@ -116,15 +116,14 @@ class Quantizer(ABC):
     ) -> None:
         """Chooses the layers, and puts the backend's in their place.
 
-        `skip` are the paths of modules that the host protects (with all below them), `keep_in_fp32`
-        entries for those it keeps in float32; the config's own list comes on top.
-        `packed` are the parameters (`a.b.weight`) that the checkpoint holds in packed form: then these
-        decide, and not the lists.
+        `skip` are entries for modules that the host protects, `keep_in_fp32` for those it keeps in
+        float32; the config's own list comes on top, and all are read by the one matcher. `packed` are
+        the parameters (`a.b.weight`) that the checkpoint holds in packed form: then these decide, and
+        not the lists.
         """
         own = Matcher(self.config.skip_list)
-        matcher = Matcher([*self.config.skip_list, *keep_in_fp32])
-        protected = set(skip)
-        self.modules_to_not_convert = list(dict.fromkeys([*matcher.entries, *skip]))
+        matcher = Matcher(dict.fromkeys([*self.config.skip_list, *skip, *keep_in_fp32]))
+        self.modules_to_not_convert = list(matcher.entries)
         self.quantized = {}
         paths: list[str] = []
 
@@ -137,7 +136,7 @@ class Quantizer(ABC):
             if packed is not None and self.pre_quantized:
                 if f"{path}.weight" not in packed:
                     return None
-            elif matcher.matches(path) or _is_below(path, protected):
+            elif matcher.matches(path):
                 return None
             new = self.replace_layer(path, module)
             if new is not None:
@@ -229,15 +228,6 @@ class Quantizer(ABC):
         packed from). Raises `BackendError` where the backend cannot.
         """
         raise BackendError(f"{self.name} weights are not turned back by this backend")
-
-
-def _is_below(path: str, others: Collection[str]) -> bool:
-    """Whether `path` is one of `others`, or leads through one."""
-    while path:
-        if path in others:
-            return True
-        path = path.rpartition(".")[0]
-    return False
 
 
 def check_version(needed: Requirement, installed: str) -> None:
