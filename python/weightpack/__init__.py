@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .quantizers.bitsandbytes import BitsAndBytesConfig
     from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .quantizers.gguf import GGUFQuantizationConfig
+    from .quantizers.torchao import TorchAoConfig
     from .targets import FormatInfo
 
     __version__: str
@@ -51,6 +52,7 @@ _NAMES = {
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
     "Quantizer": "quantizers.base",
+    "TorchAoConfig": "quantizers.torchao",
     "UnsupportedError": "errors",
     "WeightpackError": "errors",
     "__version__": "_rust",
@@ -85,6 +87,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationMethod",
     "Quantizer",
+    "TorchAoConfig",
     "UnsupportedError",
     "WeightpackError",
     "__version__",

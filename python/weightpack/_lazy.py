@@ -20,6 +20,7 @@ EXTRAS = {
     "gguf": "gguf",
     "safetensors": "torch",
     "torch": "torch",
+    "torchao": "torchao",
     "transformers": "transformers",
 }
 """Import name of each optional package, and the extra that installs it."""
