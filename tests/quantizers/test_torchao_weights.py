@@ -47,13 +47,8 @@ class Kinds:
 
 
 @pytest.fixture(scope="module")
-def kinds(peer_of_module):
-    return Kinds(peer_of_module)
-
-
-@pytest.fixture(scope="module")
-def peer_of_module(peer):
-    return peer
+def kinds(peer):
+    return Kinds(peer)
 
 
 def layer(rows=64, columns=128, dtype="bfloat16", seed=0):

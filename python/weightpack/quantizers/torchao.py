@@ -59,8 +59,9 @@ class TorchAoConfig(QuantizationConfig):
         elif isinstance(given, Mapping):
             self._set("quant_type", forms.form_of_section(given))
         elif not forms.is_config(given):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
             raise ConfigError(
-                f"quant_type is a {type(given).__name__}, expected a config object of torchao or a name",
+                f"quant_type is {what}, expected a config object of torchao or a name",
                 hint=f"the names are {', '.join(forms.SHORT_NAMES)}",
             )
         self._set("modules_to_not_convert", names_of(self.modules_to_not_convert, "modules_to_not_convert"))
@@ -157,6 +158,10 @@ class TorchAoQuantizer(Quantizer):
         A packed checkpoint is taken on any machine: it can be moved, decoded or saved there.
         """
         super().validate_environment(torch_dtype=torch_dtype, device_map=device_map)
+        if self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ConfigError(
+                "weights that torchao packed do not stay on disk", hint="give their modules another device"
+            )
         if not self.pre_quantized:
             for config in forms.configs_in(self._config()):
                 demands.check_machine(config)
