@@ -17,7 +17,7 @@ from ..placement import DISK, Placement
 from .base import Packing, Quantizer, Requirement
 from .config import QuantizationConfig, QuantizationMethod, flag, names_of, one_of
 from .dtypes import dtype_name, stored_name, torch_dtype
-from .modules import owner
+from .modules import owner, replace_layers
 
 QUANT_TYPES = ("fp4", "nf4")
 STORAGE_TYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -151,8 +151,8 @@ class _BitsAndBytesQuantizer(Quantizer):
         return device_map
 
     def is_offloaded(self, path: str) -> bool:
-        """Also on the CPU, where a GPU runs the rest."""
-        if not isinstance(self.device_map, Mapping):
+        """Also on the CPU, where a GPU runs the rest; what is packed already stays so there."""
+        if self.pre_quantized or not isinstance(self.device_map, Mapping):
             return False
         placement = Placement(self.device_map)
         return placement.of(path) == DISK or (placement.has_accelerator and placement.of(path) == "cpu")
@@ -161,14 +161,35 @@ class _BitsAndBytesQuantizer(Quantizer):
         """Linear layers, and the `Conv1D` of GPT-2, a linear layer whose weight lies the other way round."""
         return super().takes(path, module) or _is_conv1d(type(module), module)
 
+    def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
+        """Linear layers, and `Conv1D` where they were, with weights decoded where they are: no GPU is needed.
+
+        `dtype` is by default the type the weights were packed from; int8 does not record it, and gives the type
+        that the model was loaded in, or float32.
+        """
+        layers = _layers()
+        kind = layers.Linear4bit if self.config.load_in_4bit else layers.Linear8bitLt
+        wanted = None if dtype is None else torch_dtype(dtype)
+        if wanted is None and self.config.load_in_8bit:
+            wanted = self.torch_dtype
+        replace_layers(model, lambda _, layer: layers.plain_layer(layer, wanted) if isinstance(layer, kind) else None)
+        self.quantized = {}
+        bits = "4bit" if self.config.load_in_4bit else "8bit"
+        for mark in (f"is_loaded_in_{bits}", f"is_{bits}_serializable"):
+            if hasattr(model, mark):
+                setattr(model, mark, False)
+        return model
+
     def _check_offload(self, device_map: Any) -> None:
-        if self.config.llm_int8_enable_fp32_cpu_offload:
-            return
         left = [path for path in _offloaded(device_map) if path not in self.config.skip_list]
-        if left:
+        if not left:
+            return
+        named = ", ".join(f'"{path}"' for path in left)
+        if self.pre_quantized and any(str(device_map[path]) == "disk" for path in left):
+            raise ConfigError(f"device_map leaves {named} on disk, where packed weights cannot stay")
+        if not self.config.llm_int8_enable_fp32_cpu_offload:
             raise ConfigError(
-                f"device_map puts {', '.join(repr(path) for path in left)} on the CPU or disk beside a GPU, where "
-                "bitsandbytes weights are not packed",
+                f"device_map offloads {named} to the CPU or disk, where bitsandbytes weights are not packed",
                 hint="llm_int8_enable_fp32_cpu_offload=True leaves these modules in full precision",
             )
 
@@ -218,6 +239,7 @@ class BitsAndBytes4BitQuantizer(_BitsAndBytesQuantizer):
             quant_type=self.config.bnb_4bit_quant_type,
             double_quant=self.config.bnb_4bit_use_double_quant,
             storage=storage,
+            packed=self.pre_quantized,
         )
         # Both hosts look at it to know what a layer was.
         layer.source_cls = type(module)

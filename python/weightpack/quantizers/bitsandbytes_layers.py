@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .._lazy import require
-from ..errors import CheckpointError, WeightpackError
+from ..errors import BackendError, CheckpointError, WeightpackError
 from ..formats_ import dequantize
 
 _PURPOSE = "run bitsandbytes weights"
@@ -60,6 +61,7 @@ def params_4bit(name: str, parts: Mapping[str, Any], shape: tuple[int, ...], dev
     )
 
 
+_FIELDS_4BIT = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
 _COMPONENTS = {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}
 
 
@@ -117,24 +119,66 @@ def decode_4bit(weight: Any, dtype: Any) -> Any:
     )
 
 
+SLAB_BYTES = 8 << 20
+"""Decoded weights that are held at a time on the CPU. They stay in the cache until they are multiplied, and
+memory of that size is not returned to the system in between."""
+
+
+def _slabs(weight: Any, dtype: Any) -> Iterator[tuple[slice, Any]]:
+    """The weights of a packed parameter on the CPU, some rows after the other: which, and [rows, K] of `dtype` in
+    memory that is used again for the next."""
+    state = weight.quant_state
+    rows, columns = state.shape
+    size = state.blocksize
+    # Slabs begin where a block does.
+    unit = size // math.gcd(size, columns)
+    step = max(unit, SLAB_BYTES // (columns * dtype.itemsize) // unit * unit)
+    codes, scales = weight.data.reshape(-1).view(torch.uint8), absmax_of(state)
+    memory = torch.empty((min(step, rows), columns), dtype=dtype)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        start, end = first * columns, last * columns
+        parts = {"": codes[start // 2 : -(-end // 2)].reshape(-1, 1), "absmax": scales[start // size : -(-end // size)]}
+        slab = memory[: last - first]
+        dequantize(
+            parts,
+            f"bitsandbytes:{state.quant_type}",
+            shape=(last - first, columns),
+            out=slab,
+            block_size=size,
+            threads=torch.get_num_threads(),
+        )
+        yield slice(first, last), slab
+
+
+def _multiply_4bit(x: Any, weight: Any, bias: Any) -> Any:
+    """x of shape [..., K] times the transposed weight, plus a bias, in the type of x."""
+    out = x.new_empty((*x.shape[:-1], weight.quant_state.shape[0]))
+    for rows, slab in _slabs(weight, x.dtype):
+        out[..., rows] = torch.nn.functional.linear(x, slab, None if bias is None else bias[rows])
+    return out
+
+
 class _Product4bit(torch.autograd.Function):  # type: ignore[misc]
-    """x of shape [..., K] times the transposed weight, plus a bias. Keeps the packed weight only: it is decoded
-    again for the gradient of x."""
+    """`_multiply_4bit` with a gradient. Keeps the packed weight only: it is decoded again for the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, bias: Any, weight: Any) -> Any:
         ctx.weight = weight
         ctx.dtype = x.dtype
-        return torch.nn.functional.linear(x, decode_4bit(weight, x.dtype), bias)
+        return _multiply_4bit(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Any) -> Any:
-        of_x, of_bias, _ = ctx.needs_input_grad
         x = bias = None
-        if of_x:
-            x = (gradient.to(ctx.dtype) @ decode_4bit(ctx.weight, ctx.dtype)).to(ctx.dtype)
-        if of_bias:
+        if ctx.needs_input_grad[0]:
+            gradient = gradient.to(ctx.dtype)
+            total = torch.zeros((*gradient.shape[:-1], ctx.weight.quant_state.shape[1]), dtype=torch.float32)
+            for rows, slab in _slabs(ctx.weight, ctx.dtype):
+                total += gradient[..., rows] @ slab
+            x = total.to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
             bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return x, bias, None
 
@@ -157,8 +201,12 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         quant_type: str,
         double_quant: bool,
         storage: Any,
+        packed: bool,
     ) -> Any:
-        """An empty layer: its weight has the size of the codes. `bias` is the parameter itself, or `None`."""
+        """An empty layer. `bias` is the parameter itself, or `None`.
+
+        The weight has the shape that the checkpoint's has: [N, K], or that of the codes if `packed`.
+        """
         with torch.device("meta"):
             layer = cls(
                 in_features,
@@ -170,8 +218,9 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
                 quant_storage=storage,
             )
             elements = -(-in_features * out_features // 2) // storage.itemsize
+            shape = (elements, 1) if packed else (out_features, in_features)
             layer.weight = bnb.nn.Params4bit(
-                torch.empty((elements, 1), dtype=storage),
+                torch.empty(shape, dtype=storage),
                 compress_statistics=double_quant,
                 quant_type=quant_type,
                 quant_storage=storage,
@@ -187,6 +236,19 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         self.quant_state = weight.quant_state
         self.quant_storage = weight.quant_storage
 
+    def decoded(self, dtype: Any = None) -> Any:
+        """The weights, [N, K]; `dtype` is by default the type they were packed from."""
+        return decode_4bit(self.weight, dtype or self.weight.quant_state.dtype)
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy, or a pickled layer: pickle forgets the class of a parameter, copies refer to the old layer."""
+        super().__setstate__(state)
+        weight = self._parameters["weight"]
+        if getattr(weight, "quant_state", None) is not None:
+            if not isinstance(weight, bnb.nn.Params4bit):
+                weight = bnb.nn.Params4bit(weight.data, **{key: weight.__dict__[key] for key in _FIELDS_4BIT})
+            self.set_weight(weight)
+
     def forward(self, x: Any) -> Any:
         """x of shape [..., K] gives [..., N], in the type of x."""
         weight = self.weight
@@ -200,7 +262,7 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         bias = None if self.bias is None else self.bias.to(inner.dtype)
         if torch.is_grad_enabled() and (inner.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product4bit.apply(inner, bias, weight).to(x.dtype)
-        return torch.nn.functional.linear(inner, decode_4bit(weight, inner.dtype), bias).to(x.dtype)
+        return _multiply_4bit(inner, weight, bias).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Codes that are stored as a floating type are bytes all the same, and are not cast."""
@@ -228,16 +290,17 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         """Takes a saved weight with all its statistics."""
         name = f"{prefix}weight"
         arguments = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        start = f"{name}."
-        parts = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
-        if name not in state_dict or not any(part.startswith(STATE) for part in parts):
+        shape = (self.out_features, self.in_features)
+        if name not in state_dict or tuple(state_dict[name].shape) == shape:
             super()._load_from_state_dict(state_dict, *arguments)
             return
+        start = f"{name}."
+        parts = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         parts[""] = state_dict[name]
         device = self.weight.device if self.weight.device.type != "meta" else parts[""].device
         try:
             own = {part: value.detach().clone() for part, value in parts.items()}
-            self.set_weight(params_4bit(name, own, (self.out_features, self.in_features), device))
+            self.set_weight(params_4bit(name, own, shape, device))
         except WeightpackError as error:
             error_msgs.append(str(error))
         rest = {key: value for key, value in state_dict.items() if key != name and not key.startswith(start)}
@@ -345,6 +408,33 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         self._parameters["weight"] = weight
         self.state.CB = self.state.SCB = None
 
+    def decoded(self, dtype: Any = None) -> Any:
+        """The weights, [N, K]; `dtype` is float32 by default."""
+        if self.weight.dtype != torch.int8:
+            return self.weight.data.to(dtype or torch.float32)
+        return decode_8bit(self.weight.data, self.scales(), dtype or torch.float32)
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy, or a pickled layer: pickle forgets the class of a parameter, copies hold the codes twice."""
+        super().__setstate__(state)
+        weight = self._parameters["weight"]
+        if not isinstance(weight, bnb.nn.Int8Params) and hasattr(weight, "SCB"):
+            fields = {key: weight.__dict__[key] for key in ("has_fp16_weights", "CB", "SCB")}
+            weight = bnb.nn.Int8Params(weight.data, requires_grad=weight.requires_grad, **fields)
+            self._parameters["weight"] = weight
+        self._share_codes()
+
+    def _share_codes(self) -> None:
+        """`CB` is the weight's own memory, and the scales are where the codes are."""
+        weight = self._parameters["weight"]
+        if weight.dtype != torch.int8 or weight.device.type == "meta":
+            return
+        for holder in (weight, self.state):
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = weight.data
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = holder.SCB.to(weight.device)
+
     def scales(self) -> Any:
         """`SCB`, float32 [N], which a forward on a GPU moves from the weight to the state; `None` before loading."""
         return self.weight.SCB if getattr(self.weight, "SCB", None) is not None else self.state.SCB
@@ -362,15 +452,9 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return out.reshape(*x.shape[:-1], codes.shape[0])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Codes and scales stay together, wherever they stand."""
+        """Codes and scales stay together, wherever they are moved."""
         super()._apply(fn, recurse)
-        weight, state = self._parameters["weight"], self.state
-        if weight.dtype == torch.int8 and weight.device.type != "meta":
-            for holder in (weight, state):
-                if getattr(holder, "CB", None) is not None:
-                    holder.CB = weight.data
-                if getattr(holder, "SCB", None) is not None:
-                    holder.SCB = holder.SCB.to(weight.device)
+        self._share_codes()
         return self
 
     def _load_from_state_dict(
@@ -386,7 +470,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         """Takes a saved weight with its scales."""
         name = f"{prefix}weight"
         arguments = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if name not in state_dict or f"{prefix}SCB" not in state_dict:
+        if name not in state_dict or self.weight.dtype != torch.int8:
             super()._load_from_state_dict(state_dict, *arguments)
             return
         keys = {"": name, "SCB": f"{prefix}SCB", "weight_format": f"{prefix}weight_format"}
@@ -400,3 +484,25 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         super()._load_from_state_dict(rest, *arguments)
         if name in missing_keys:
             missing_keys.remove(name)
+
+
+def plain_layer(layer: Any, dtype: Any) -> Any:
+    """An ordinary layer with the decoded weights of a `Linear4bit` or `Linear8bitLt`: of the class that it was
+    made from. Raises `BackendError` where the weights are not in memory."""
+    if layer.weight.device.type == "meta":
+        raise BackendError("the weights are offloaded", hint="load the model without offloading to dequantize it")
+    weights = layer.decoded(dtype)
+    kind = getattr(layer, "source_cls", torch.nn.Linear)
+    with torch.device("meta"):
+        if kind.__name__ == "Conv1D":
+            plain = kind(layer.out_features, layer.in_features)
+            weights = weights.T.contiguous()
+        else:
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = torch.nn.Parameter(weights)
+    if layer.bias is not None:
+        plain.bias = torch.nn.Parameter(layer.bias.detach().to(weights.dtype))
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        require("accelerate.hooks", "place modules").add_hook_to_module(plain, hook)
+    return plain
