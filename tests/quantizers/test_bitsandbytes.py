@@ -29,7 +29,7 @@ def test_no_gpu_is_asked_for(width, monkeypatch):
     for device_map in (None, "auto", {"": "cpu"}, {"up": "cpu", "down": "cpu"}):
         quantizer.validate_environment(device_map=device_map)
         assert quantizer.update_device_map(device_map) == device_map
-    assert quantizer.update_torch_dtype(None) == torch.float32
+    assert quantizer.update_torch_dtype(None) == torch.float16
     assert quantizer.update_torch_dtype(torch.bfloat16) == torch.bfloat16
 
 
