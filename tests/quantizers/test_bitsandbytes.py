@@ -96,10 +96,15 @@ def test_a_skipped_module_may_be_offloaded():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_packed_weights_cannot_stay_on_disk(width):
+@pytest.mark.parametrize("device_map", [{"up": "cuda:0", "down": "cpu"}, {"up": "cpu", "down": "disk"}], ids=str)
+def test_packed_weights_are_not_offloaded(width, device_map):
     quantizer = quantizer_of(width, pre_quantized=True, llm_int8_enable_fp32_cpu_offload=True)
-    with pytest.raises(ConfigError, match='leaves "down" on disk'):
-        quantizer.validate_environment(device_map={"up": "cpu", "down": "disk"})
+    quantizer.update_device_map(device_map)
+    # What is not packed may be.
+    quantizer.preprocess_model(Net(), packed={"up.weight"})
+    assert set(quantizer.quantized) == {"up"}
+    with pytest.raises(ConfigError, match='device_map offloads "down" .* the checkpoint holds it packed'):
+        quantizer.preprocess_model(Net(), packed={"up.weight", "down.weight"})
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -6,7 +6,7 @@ One config for both, with the fields that transformers and diffusers know, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar
@@ -151,11 +151,32 @@ class _BitsAndBytesQuantizer(Quantizer):
         return device_map
 
     def is_offloaded(self, path: str) -> bool:
-        """Also on the CPU, where a GPU runs the rest; what is packed already stays so there."""
-        if self.pre_quantized or not isinstance(self.device_map, Mapping):
+        """Also on the CPU, where a GPU runs the rest."""
+        if not isinstance(self.device_map, Mapping):
             return False
         placement = Placement(self.device_map)
-        return placement.of(path) == DISK or (placement.has_accelerator and placement.of(path) == "cpu")
+        device = placement.of(path)
+        return device == DISK or (placement.has_accelerator and device == "cpu")
+
+    def preprocess_model(
+        self,
+        model: Any,
+        *,
+        skip: Iterable[str] = (),
+        keep_in_fp32: Iterable[str] = (),
+        packed: Collection[str] | None = None,
+    ) -> None:
+        """Raises `ConfigError` where the device map offloads a layer that is packed in the checkpoint."""
+        super().preprocess_model(model, skip=skip, keep_in_fp32=keep_in_fp32, packed=packed)
+        if not self.pre_quantized:
+            return
+        for name in packed or ():
+            path = name.removesuffix(".weight")
+            if self.is_offloaded(path):
+                raise ConfigError(
+                    f'device_map offloads "{path}" to the CPU or disk, and the checkpoint holds it packed',
+                    hint='packed weights stay on the device that runs them; device_map="cpu" runs all on the CPU',
+                )
 
     def takes(self, path: str, module: Any) -> bool:
         """Linear layers, and the `Conv1D` of GPT-2, a linear layer whose weight lies the other way round."""
@@ -182,12 +203,8 @@ class _BitsAndBytesQuantizer(Quantizer):
 
     def _check_offload(self, device_map: Any) -> None:
         left = [path for path in _offloaded(device_map) if path not in self.config.skip_list]
-        if not left:
-            return
-        named = ", ".join(f'"{path}"' for path in left)
-        if self.pre_quantized and any(str(device_map[path]) == "disk" for path in left):
-            raise ConfigError(f"device_map leaves {named} on disk, where packed weights cannot stay")
-        if not self.config.llm_int8_enable_fp32_cpu_offload:
+        if left and not self.config.llm_int8_enable_fp32_cpu_offload:
+            named = ", ".join(f'"{path}"' for path in left)
             raise ConfigError(
                 f"device_map offloads {named} to the CPU or disk, where bitsandbytes weights are not packed",
                 hint="llm_int8_enable_fp32_cpu_offload=True leaves these modules in full precision",
