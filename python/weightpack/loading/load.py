@@ -29,6 +29,7 @@ from ..quantizers.dtypes import torch_dtype as as_torch_dtype
 from ..quantizers.modules import find_tensor, set_parameter
 from . import devices, keys, missing
 from .host import Host, host_of
+from .hub import download, is_name
 from .offload import Disk, dispatch
 from .skeleton import build, shared_names, state_of
 from .source import Location, StateDict, Weights, config_of, locate, open_weights
@@ -55,6 +56,10 @@ def from_pretrained(
     keep_in_fp32_modules: tuple[str, ...] | list[str] = (),
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
     threads: int | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Any:
@@ -62,8 +67,9 @@ def from_pretrained(
 
     `model_class` is a model class of diffusers or transformers (an Auto class too), or any class derived
     from `torch.nn.Module`. `path` is a model folder (single file, shards with an index) or one weights
-    file: `.safetensors`, `*.index.json`, `.gguf`. `subfolder` is inside it, `variant` the infix of file
-    names (`fp16`). `use_safetensors=False` reads torch's own `.bin` files, tensors only; `True` refuses
+    file: `.safetensors`, `*.index.json`, `.gguf`; or `owner/model`, which is downloaded into the hub's
+    cache (`revision`, `token`, `cache_dir`, `local_files_only` as there). `subfolder` is inside it,
+    `variant` the infix of file names (`fp16`). `use_safetensors=False` reads torch's own `.bin` files, tensors only; `True` refuses
     them; by default they are the last choice. `config` (a dictionary, file or folder) is used in place
     of the `config.json` beside the weights, `state_dict` in place of the files.
 
@@ -91,6 +97,18 @@ def from_pretrained(
     if state_dict is not None:
         location = Location(Path(path) if Path(path).is_dir() else None, Path(path))
     else:
+        if is_name(path):
+            path = download(
+                str(path),
+                stem=host.stem,
+                subfolder=subfolder,
+                variant=variant,
+                use_safetensors=use_safetensors,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
         location = locate(
             path,
             stem=host.stem,

@@ -115,22 +115,30 @@ def locate(
         return Location(folder, place)
     if not place.is_dir():
         raise FileNotFoundError(f'"{place}" is neither a model folder nor a file')
-    stems = (stem, *(other for other in STEMS if other != stem)) if stem else STEMS
-    if use_safetensors is not False:
-        for one in stems:
-            for name in _names(one, ".safetensors", variant, single_first):
-                if (place / name).is_file():
-                    return Location(place, place / name)
-    if use_safetensors is not True:
-        for one in stems:
-            for name in _names(PICKLES[one], ".bin", variant, single_first):
-                if (place / name).is_file():
-                    return Location(place, place / name)
+    for name in weight_names(stem, variant, use_safetensors, single_first=single_first):
+        if (place / name).is_file():
+            return Location(place, place / name)
     if variant is None and use_safetensors is not False:
         # Weights under another name: taken where only one file can be meant.
         return Location(place, find_models(place)[0].weights)
     of_variant = "" if variant is None else f' of variant "{variant}"'
-    raise CheckpointError(f'no weights{of_variant} in folder "{place}", expected {stems[0]}.safetensors or its index')
+    raise CheckpointError(
+        f'no weights{of_variant} in folder "{place}", expected {stem or STEMS[0]}.safetensors or its index'
+    )
+
+
+def weight_names(
+    stem: str | None, variant: str | None, use_safetensors: bool | None, *, single_first: bool = True
+) -> list[str]:
+    """File names that weights may have, in the order of search: safetensors before torch's own, the
+    host's `stem` before others, one file before an index if `single_first`."""
+    stems = list(dict.fromkeys([stem, *STEMS] if stem else STEMS))
+    found = []
+    if use_safetensors is not False:
+        found += [name for one in stems for name in _names(one, ".safetensors", variant, single_first)]
+    if use_safetensors is not True:
+        found += [name for one in stems for name in _names(PICKLES[one], ".bin", variant, single_first)]
+    return found
 
 
 def _names(stem: str, ending: str, variant: str | None, single_first: bool) -> list[str]:
