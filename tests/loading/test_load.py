@@ -221,14 +221,16 @@ def test_everything_on_the_cpu(tmp_path, device_map):
     assert torch.equal(model(nets.TOKENS), net(nets.TOKENS))
 
 
-def test_modules_on_disk(tmp_path):
-    net = nets.make()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_on_disk(tmp_path, dtype):
+    net = nets.make(dtype=dtype)
     folder = nets.save(tmp_path / "net", net)
     places = {"": "cpu", "blocks.1": "disk", "conv": "disk"}
     with pytest.raises(ConfigError, match="stay on disk"):
         wp.from_pretrained(nets.Net, folder, device_map=places)
     model = wp.from_pretrained(nets.Net, folder, device_map=places, offload_folder=tmp_path / "offload")
     assert model.blocks[1].up.weight.device.type == "meta"
+    assert model.blocks[1].up.weight.dtype == dtype
     assert torch.equal(model(nets.TOKENS), net(nets.TOKENS))
 
 

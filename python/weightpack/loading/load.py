@@ -307,7 +307,8 @@ def _set(torch: Any, model: Any, state: Mapping[str, Any], name: str, tensor: An
     old = state[name]
     if device == DISK:
         disk.add(name, tensor)
-        return
+        # What stays in the model tells accelerate in which type to bring the tensor back.
+        device = "meta"
     tensor = tensor.to(device)
     if isinstance(old, torch.nn.Parameter):
         may_learn = old.requires_grad and tensor.is_floating_point()
