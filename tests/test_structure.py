@@ -96,7 +96,8 @@ def test_torch_and_hosts_stay_in_their_modules(path):
         if parts[:2] != ("integrations", host):
             assert host not in used | required
     if parts[0] not in ("integrations", "cli", "__main__"):
-        assert not any(name.startswith("weightpack.integrations") for name in imports(path))
+        typing_too = parts[0] != "__init__"
+        assert not any(name.startswith("weightpack.integrations") for name in imports(path, typing_too=typing_too))
     if parts[0] != "__main__":
         assert "weightpack.cli" not in imports(path)
 
@@ -111,6 +112,12 @@ def test_importing_the_package_is_cheap():
     loaded = loaded_by("import weightpack")
     assert len(loaded) <= MODULES_OF_ALL, sorted(loaded)
     assert not {"torch", "numpy", "click", "rich", "weightpack._rust"} & loaded
+
+
+def test_the_adapters_load_neither_torch_nor_a_host():
+    loaded = loaded_by("import weightpack\nweightpack.integrations.transformers, weightpack.integrations.diffusers")
+    assert {"weightpack.integrations.transformers.host", "weightpack.integrations.diffusers.host"} <= loaded
+    assert not {"torch", "numpy", "transformers", "diffusers"} & loaded
 
 
 def test_help_loads_nothing_heavy():

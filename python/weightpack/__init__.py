@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import gguf
+    from . import gguf, integrations
     from .checkpoint import Checkpoint, open_checkpoint
     from .convert_ import ConvertReport, convert
     from .diff_ import DiffReport, diff
@@ -63,6 +63,7 @@ _NAMES = {
     "from_pretrained": "loading.load",
     "gguf": "gguf",
     "inspect": "inspect_",
+    "integrations": "integrations",
     "open_checkpoint": "checkpoint",
     "pack_int4": "formats_",
     "quantize": "formats_",
@@ -98,6 +99,7 @@ __all__ = [
     "from_pretrained",
     "gguf",
     "inspect",
+    "integrations",
     "open_checkpoint",
     "pack_int4",
     "quantize",

@@ -1,12 +1,15 @@
-"""The adapter to transformers, in both directions.
+"""transformers, both ways: what the loader asks about its model classes, and weightpack's quantizers
+behind its own `from_pretrained`.
 
-`ADAPTER` is what `weightpack.from_pretrained` asks about transformers' model classes. Nothing here
-imports transformers before it is used.
+Importing this loads nothing of transformers or torch, and changes nothing in them: `register()` does.
 """
 
 from __future__ import annotations
 
 from .host import TransformersHost
+from .registration import is_registered, register, unregister
 
 ADAPTER = TransformersHost()
 """What the loader asks; see `weightpack.loading.host`."""
+
+__all__ = ["ADAPTER", "TransformersHost", "is_registered", "register", "unregister"]

@@ -87,9 +87,12 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
             if not checkpoint_files:
                 raise UnsupportedError("packed weights are loaded from files, and not from a state dict in memory")
             packed = self._sort(model, checkpoint_files)
-        self.quantizer.preprocess_model(
-            model, skip=_HOST.protected(model), keep_in_fp32=_HOST.keep_in_fp32(model, self._dtype), packed=packed
-        )
+        # transformers builds everything on the meta device. What a backend's layer computes for itself is real,
+        # as in weightpack's own loader.
+        with require("torch", _PURPOSE).device("cpu"):
+            self.quantizer.preprocess_model(
+                model, skip=_HOST.protected(model), keep_in_fp32=_HOST.keep_in_fp32(model, self._dtype), packed=packed
+            )
         return model
 
     def _sort(self, model: Any, files: Sequence[Any]) -> frozenset[str]:
@@ -154,6 +157,13 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any) -> Any:
         self.quantizer.postprocess_model(model)
+        # What undoes the model's own conversions on saving: packed weights are saved as they are, which
+        # transformers does not know of its own (huggingface/transformers#43096).
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(isinstance(step, Unpack) for step in getattr(conversion, "operations", ()))
+        ]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
