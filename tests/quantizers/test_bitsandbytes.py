@@ -103,7 +103,7 @@ def test_packed_weights_are_not_offloaded(width, device_map):
     # What is not packed may be.
     quantizer.preprocess_model(Net(), packed={"up.weight"})
     assert set(quantizer.quantized) == {"up"}
-    with pytest.raises(ConfigError, match='device_map offloads "down" .* the checkpoint holds it packed'):
+    with pytest.raises(ConfigError, match=r'device_map offloads "down" .* the checkpoint holds it packed'):
         quantizer.preprocess_model(Net(), packed={"up.weight", "down.weight"})
 
 
