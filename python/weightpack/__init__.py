@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .quantizers.bitsandbytes import BitsAndBytesConfig
     from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .quantizers.gguf import GGUFQuantizationConfig
+    from .quantizers.modelopt import NVIDIAModelOptConfig
     from .quantizers.torchao import TorchAoConfig
     from .targets import FormatInfo
 
@@ -49,6 +50,7 @@ _NAMES = {
     "FormatInfo": "targets",
     "GGUFQuantizationConfig": "quantizers.gguf",
     "ModelMixin": "loading.plain",
+    "NVIDIAModelOptConfig": "quantizers.modelopt",
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
     "Quantizer": "quantizers.base",
@@ -85,6 +87,7 @@ __all__ = [
     "FormatInfo",
     "GGUFQuantizationConfig",
     "ModelMixin",
+    "NVIDIAModelOptConfig",
     "QuantizationConfig",
     "QuantizationMethod",
     "Quantizer",

@@ -18,6 +18,7 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "diffusers": "diffusers",
     "gguf": "gguf",
+    "modelopt": "modelopt",
     "safetensors": "torch",
     "torch": "torch",
     "torchao": "torchao",
