@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*stay in full precision"),
     pytest.mark.filterwarnings("ignore:.*extension"),
     pytest.mark.filterwarnings("ignore:.*model_fields"),
-    pytest.mark.filterwarnings("ignore:.*[Rr]eal quant"),
+    pytest.mark.filterwarnings("ignore:.*[Rr]eal.quant"),
 ]
 
 KINDS = {
