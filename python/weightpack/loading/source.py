@@ -59,7 +59,8 @@ class FileWeights(Weights):
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.entries = self.checkpoint
         found = self.checkpoint.metadata
-        self.metadata = found if self.checkpoint.container == "safetensors" else {}
+        self.is_gguf = self.checkpoint.container == "gguf"
+        self.metadata = {} if self.is_gguf else found
 
     def fill(self, jobs: Sequence[Job], out: Sequence[Sequence[Any]], threads: int | None) -> list[list[Any]]:
         """As in the base."""

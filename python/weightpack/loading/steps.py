@@ -14,10 +14,11 @@ from ..placement import DISK, Placement
 from ..quantizers.dtypes import torch_dtype as as_torch_dtype
 from ..quantizers.modules import find_tensor, set_parameter
 from . import devices, keys, missing
+from .gguf_source import host_named
 from .host import Host
 from .offload import Disk, dispatch
 from .skeleton import build, shared_names, state_of
-from .source import Location, Weights
+from .source import FileWeights, Location, Weights
 from .weights import Loader
 
 
@@ -32,14 +33,15 @@ class Loading:
         self._host = host
         self._quantizer = quantizer
         self._weights = weights
+        self._gguf = weights.checkpoint if isinstance(weights, FileWeights) and weights.is_gguf else None
         self._location = location
 
     def read_config(self, model_class: Any, config: Mapping[str, Any]) -> None:
         """The class that is really built, and what it is built from; for a GGUF file without a config, from
         its metadata, where the host knows how."""
         from_gguf = getattr(self._host, "config_from_gguf", None)
-        if not config and from_gguf is not None and self._location.weights.suffix == ".gguf":
-            config = from_gguf(self._weights) or {}
+        if not config and from_gguf is not None and self._gguf is not None:
+            config = from_gguf(self._gguf) or {}
         self._model_class, self._config = self._host.load_config(model_class, config, self._location.folder)
 
     def settle_environment(self, torch_dtype: Any, device_map: Any) -> None:
@@ -78,6 +80,8 @@ class Loading:
     def plan_keys(self, keep_in_fp32: Iterable[str], *, ignore_mismatched_sizes: bool) -> None:
         """Which stored tensor goes where, in which type, and what does not fit."""
         quantizer = self._quantizer
+        if self._gguf is not None:
+            self._weights = host_named(self._gguf, self._host, self.model, self._state)
         if quantizer is not None:
             quantizer.file_metadata = self._weights.metadata
         self._logical = keys.group(self._weights, quantizer)

@@ -103,7 +103,7 @@ class Loader:
     def _item(self, target: Target) -> _Item:
         item = _Item(target)
         tensor = self._logical[target.sources[0]]
-        if tensor.is_packed and target.merge is None:
+        if tensor.is_packed and target.merge is None and (self._is_quantized(target.name) or tensor.entry is None):
             return self._stored_components(item, tensor)
         if self._is_quantized(target.name) and target.merge is None:
             chosen = self._quantizer.packing(self._model, target.name)

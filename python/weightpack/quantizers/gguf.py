@@ -127,8 +127,13 @@ class GGUFQuantizer(Quantizer):
                 return None
             entry = self.entries.get(f"{path}.weight")
             stored = _block_type(entry) if entry is not None else None
-            if stored is None:
+            if entry is None or stored is None:
                 return None
+            shape = tuple(module.weight.shape)
+            if entry.shape != shape and entry.weights == prod(shape):
+                raise CheckpointError(
+                    f"{path}.weight has shape {list(entry.shape)} in the checkpoint, and {list(shape)} in the model"
+                )
         else:
             stored = str(self.config.quant_type)
             if module.in_features % block_sizes(stored)[0]:

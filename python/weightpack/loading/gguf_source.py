@@ -1,0 +1,139 @@
+"""A GGUF file as a source of weights: its tensors under the names that a model has for them.
+
+Where the names come from, the first that knows them:
+
+1. The file has the model's own names.
+2. weightpack's maps, those that conversions go by (`weightpack.host_target`): rows cut out of joined
+   tensors, or put back in the model's order. Rows of blocks are independent, so that packed tensors
+   stay packed; only what is changed in value (norms to which a writer added one) is decoded.
+3. The host, where its adapter has `gguf_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from .. import host_target
+from ..assembly import joined
+from ..checkpoint import Checkpoint
+from ..entry import FLOATS, Entry, Part
+from ..errors import UnsupportedError
+from ..keymaps import PREFIXES
+from ..mapping import MappedTensor, Rows
+from ..streaming import Job, fill
+from ..targets import COPY
+from .source import Weights
+
+
+class HostNamed(Weights):
+    """The tensors of a GGUF file under other names.
+
+    `tensors` says what each is made of. A packed tensor whose values are not changed is packed here,
+    too: its array is one of rows of blocks, and `shape` that of the weights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Sequence[MappedTensor]) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self.entries = {name: _entry(tensor, checkpoint) for name, tensor in self._tensors.items()}
+        self.metadata = {}
+
+    def fill(self, jobs: Sequence[Job], out: Sequence[Sequence[Any]], threads: int | None) -> list[list[Any]]:
+        """As in the base."""
+        return fill(self._checkpoint, [self._job(job) for job in jobs], out, threads=threads)
+
+    def close(self) -> None:
+        """As in the base."""
+        self._checkpoint.close()
+
+    def _job(self, job: Job) -> Job:
+        """The same job in terms of the file."""
+        tensor = self._tensors[job.name]
+        entry = self.entries[job.name]
+        if job.rows:
+            tensor = self._rows(job)
+        whole = len(tensor.sources) == 1 and tensor.sources[0].is_whole
+        add = None if tensor.add is None and job.add is None else (tensor.add or 0.0) + (job.add or 0.0)
+        format = job.format
+        if format == COPY and add is not None:
+            format = FLOATS[entry.dtype]
+        # The bytes of blocks are the same in any shape.
+        shape = None if format == COPY and not entry.is_plain else job.shape or tensor.shape
+        return replace(
+            job,
+            name=tensor.sources[0].name,
+            format=format,
+            rows=() if whole else tensor.sources,
+            shape=shape,
+            add=add,
+        )
+
+    def _rows(self, job: Job) -> MappedTensor:
+        """The rows that a host takes of tensors which are there as they are."""
+        sources = []
+        for rows in job.rows:
+            tensor = self._tensors[rows.name]
+            if not (len(tensor.sources) == 1 and tensor.sources[0].is_whole and tensor.add is None):
+                raise UnsupportedError(f'"{job.name}" is made of rows of "{rows.name}", which is put together itself')
+            sources.append(replace(rows, name=tensor.sources[0].name))
+        return MappedTensor(job.name, tuple(sources))
+
+
+def host_named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str]) -> HostNamed:
+    """The tensors of `checkpoint`, a GGUF file, as `model` of `host` calls them; `names` are those of its
+    parameters and buffers.
+
+    Raises `UnsupportedError` where nothing knows the names of the file.
+    """
+    entries = list(checkpoint.values())
+    prefix = _own_prefix(checkpoint, names)
+    if prefix is not None:
+        return HostNamed(checkpoint, _as_stored(checkpoint, prefix))
+    try:
+        found = host_target.prepare(checkpoint, entries, "host")
+        return HostNamed(checkpoint, list(found.mapped.values()))
+    except UnsupportedError:
+        ask = getattr(host, "gguf_names", None)
+        tensors = ask(model, checkpoint) if ask is not None else None
+        if tensors is None:
+            raise
+        return HostNamed(checkpoint, tensors)
+
+
+def _own_prefix(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
+    """What stands before the model's own names in the file, `None` where most are not its own."""
+    known = set(names)
+    counts = {
+        prefix: sum(name.removeprefix(prefix) in known for name in checkpoint if name.startswith(prefix))
+        for prefix in PREFIXES
+    }
+    best = max(counts, key=lambda prefix: counts[prefix])
+    return best if counts[best] * 2 > min(len(known), len(checkpoint)) else None
+
+
+def _as_stored(checkpoint: Checkpoint, prefix: str) -> list[MappedTensor]:
+    shapes = host_target.prepare(checkpoint, list(checkpoint.values()), "source").mapped
+    return [
+        MappedTensor(name.removeprefix(prefix), (Rows(name),), shapes[name].shape if name in shapes else None)
+        for name in checkpoint
+    ]
+
+
+def _entry(tensor: MappedTensor, by_name: Mapping[str, Entry]) -> Entry:
+    """What the loader is told of one tensor."""
+    found = joined(tensor, by_name)
+    if found.is_plain:
+        return replace(found, parts=(Part(tensor.name, found.dtype, found.shape, found.nbytes),))
+    if tensor.add is not None:
+        nbytes = 4 * found.weights
+        part = Part(tensor.name, "F32", found.shape, nbytes)
+        return replace(found, dtype="F32", format="f32", nbytes=nbytes, parts=(part,))
+    first = by_name[tensor.sources[0].name]
+    whole = len(tensor.sources) == 1 and tensor.sources[0].is_whole
+    # Blocks lie in rows as the file has them, whatever the shape of the weights is.
+    stored = first.shape if whole else (found.weights // first.shape[-1], first.shape[-1])
+    nbytes = first.nbytes * prod(stored) // first.weights if first.weights else 0
+    return replace(found, nbytes=nbytes, parts=(Part(tensor.name, first.dtype, stored, nbytes),))
