@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from .decision import Decision
-from .entry import Entry, Part
+from .entry import FLOATS, Entry, Part
 from .errors import UnsupportedError
 from .mapping import MappedTensor
+from .targets import COPY
 
 
 def source_row(decision: Decision, mapped: MappedTensor | None, number: int) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def source_row(decision: Decision, mapped: MappedTensor | None, number: int) -> 
             row["shape"] = list(mapped.shape)
         if mapped.add is not None:
             row["add"] = mapped.add
+            if decision.format == COPY:
+                # In the type that it has: what is added to is not copied.
+                row["format"] = FLOATS[decision.entry.dtype]
     return row
 
 

@@ -31,7 +31,7 @@ def test_plain_weights_come_back_as_they_were(tmp_path: Path, name: str) -> None
                 assert np.array_equal(before, after), tensor
 
 
-@pytest.mark.parametrize("name", ["llama2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama2", "qwen3", "gemma2"])
 @pytest.mark.parametrize("to", ["q8_0", "q4_k_m"])
 def test_packed_weights_come_back_as_they_decode(tmp_path: Path, name: str, to: str) -> None:
     folder = make_model(tmp_path / "model", name)
