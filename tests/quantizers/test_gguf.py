@@ -255,27 +255,36 @@ def test_an_embedding_whose_rows_are_no_blocks():
 class Scaled(torch.nn.Embedding):
     """As Gemma's."""
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids) * 4
-
-
-class OfItsOwn(torch.nn.Embedding):
-    """One that does not leave its weight to `torch.nn.Embedding`."""
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("scale", torch.tensor(11.3), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids]
+        return super().forward(ids) * self.scale.to(self.weight.dtype)
 
 
-def test_embedding_classes_that_build_on_rows():
+class Offset(torch.nn.Embedding):
+    """As learned positions of OPT: the number of a row is not the number that is asked for."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids + 1)
+
+
+def test_embedding_classes_that_work_by_row():
     blocks = weightpack.gguf.quantize(torch.randn(4, 32), "Q8_0")
-    model = torch.nn.ModuleDict({"a": Scaled(4, 32, device="meta"), "b": OfItsOwn(4, 32, device="meta")})
+    model = torch.nn.ModuleDict({"a": Scaled(4, 32, device="meta"), "b": Offset(4, 32, device="meta")})
     quantizer = GGUFQuantizer(GGUFQuantizationConfig())
     quantizer.entries = {name: entry(name, (4, 32), "Q8_0", blocks.numel()) for name in ("a.weight", "b.weight")}
     quantizer.preprocess_model(model, packed={"a.weight", "b.weight"})
     assert set(quantizer.quantized) == {"a"}
-    quantizer.create_quantized_param(model, "a.weight", {"": blocks}, device="cpu")
-    assert isinstance(model["a"], Scaled)
-    assert torch.equal(model["a"](torch.tensor([2])), weightpack.gguf.dequantize(blocks, "Q8_0")[2:3] * 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        quantizer.create_quantized_param(model, "a.weight", {"": blocks}, device="cpu", dtype=dtype)
+        rows = weightpack.gguf.dequantize(blocks, "Q8_0", dtype=dtype)
+        found = model["a"](torch.tensor([[2, 0, 2]]))
+        assert found.dtype == dtype
+        assert torch.equal(found, (rows * model["a"].scale.to(dtype))[[2, 0, 2]][None])
+    quantizer.dequantize(model)
+    assert type(model["a"]) is Scaled
 
 
 def test_modules_to_not_convert_are_decoded_while_loading():

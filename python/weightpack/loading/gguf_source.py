@@ -2,11 +2,12 @@
 
 Where the names come from, the first that knows them:
 
-1. The file has the model's own names.
+1. All names in the file are the model's own.
 2. weightpack's maps, those that conversions go by (`weightpack.host_target`): rows cut out of joined
    tensors, or put back in the model's order. Rows of blocks are independent, so that packed tensors
    stay packed; only what is changed in value (norms to which a writer added one) is decoded.
 3. The host, where its adapter has `gguf_names`.
+4. The model's own names, where most are.
 """
 
 from __future__ import annotations
@@ -88,30 +89,32 @@ def host_named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[
 
     Raises `UnsupportedError` where nothing knows the names of the file.
     """
-    entries = list(checkpoint.values())
-    prefix = _own_prefix(checkpoint, names)
-    if prefix is not None:
+    prefix, share = _own_prefix(checkpoint, names)
+    if share == 1:
         return HostNamed(checkpoint, _as_stored(checkpoint, prefix))
     try:
-        found = host_target.prepare(checkpoint, entries, "host")
+        found = host_target.prepare(checkpoint, list(checkpoint.values()), "host")
         return HostNamed(checkpoint, list(found.mapped.values()))
     except UnsupportedError:
         ask = getattr(host, "gguf_names", None)
         tensors = ask(model, checkpoint) if ask is not None else None
+        if tensors is None and share > 0.5:
+            # What has no place, and what is missing, is told by the loader.
+            tensors = _as_stored(checkpoint, prefix)
         if tensors is None:
             raise
         return HostNamed(checkpoint, tensors)
 
 
-def _own_prefix(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
-    """What stands before the model's own names in the file, `None` where most are not its own."""
+def _own_prefix(checkpoint: Checkpoint, names: Collection[str]) -> tuple[str, float]:
+    """What stands before the model's own names in the file, and how many of the file's names are such."""
     known = set(names)
     counts = {
-        prefix: sum(name.removeprefix(prefix) in known for name in checkpoint if name.startswith(prefix))
-        for prefix in PREFIXES
+        prefix: sum(name.startswith(prefix) and name.removeprefix(prefix) in known for name in checkpoint)
+        for prefix in reversed(PREFIXES)
     }
     best = max(counts, key=lambda prefix: counts[prefix])
-    return best if counts[best] * 2 > min(len(known), len(checkpoint)) else None
+    return best, counts[best] / max(1, len(checkpoint))
 
 
 def _as_stored(checkpoint: Checkpoint, prefix: str) -> list[MappedTensor]:

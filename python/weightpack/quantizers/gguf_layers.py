@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -196,7 +195,15 @@ class GGUFEmbedding(GGUFLayer, nn.Embedding):
         self.output_dtype = dtype
 
     def forward(self, input: Any) -> Any:
-        """input, whole numbers [...], gives [..., embedding_dim]."""
+        """input, whole numbers [...], gives [..., embedding_dim]; what the class that it stands for does with
+        rows is done to those that were asked for."""
+        rows = self._rows(input)
+        if self.replaced is nn.Embedding:
+            return rows
+        numbers = torch.arange(input.numel(), device=input.device).reshape(input.shape)
+        return _on_table(self, self.replaced, rows.reshape(-1, rows.shape[-1]), numbers)
+
+    def _rows(self, input: Any) -> Any:
         dtype = self.output_dtype or self.compute_dtype
         blocks = plain(self._parameters["weight"]).reshape(-1)
         count, width = self.quant_shape
@@ -225,30 +232,37 @@ _LAYERS: dict[type, type[GGUFLayer]] = {
 def layer_class(module: Any) -> type[GGUFLayer] | None:
     """The class that takes the place of `module`, or `None` where there is none.
 
-    An embedding class that only does something with the rows that `torch.nn.Embedding` gives it (as
-    Gemma's, which scales them) keeps doing so.
+    That of an embedding class of its own is there as well, if what it gives for a token depends on
+    that token's row alone (as Gemma's, which scales rows).
     """
     if getattr(module, "max_norm", None) is not None:
         return None
     found = _LAYERS.get(type(module))
-    if found is None and isinstance(module, nn.Embedding) and _builds_on_rows(type(module)):
-        return _embedding_class(type(module))  # type: ignore[arg-type]
+    if found is None and isinstance(module, nn.Embedding) and not isinstance(module, GGUFLayer):
+        return GGUFEmbedding if _is_by_row(module) else None
     return found
 
 
-def _builds_on_rows(cls: type) -> bool:
-    code = getattr(cls.__dict__.get("forward"), "__code__", None)
-    return (
-        cls.__bases__ == (nn.Embedding,)
-        and code is not None
-        and "__class__" in code.co_freevars
-        and "weight" not in code.co_names
-    )
+def _is_by_row(module: Any) -> bool:
+    """Whether an embedding gives the same from a table of the asked rows, numbered anew: tried out."""
+    cls = type(module)
+    table = torch.linspace(-1, 1, 6 * module.embedding_dim).reshape(6, -1)
+    ids = torch.tensor([[3, 1], [5, 1]])
+    try:
+        with torch.no_grad():
+            whole = _on_table(module, cls, table, ids)
+            asked = _on_table(module, cls, table[ids.reshape(-1)], torch.arange(4).reshape(2, 2))
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(whole, torch.Tensor) and whole.device.type != "meta" and torch.equal(whole, asked)
 
 
-@cache
-def _embedding_class(cls: type) -> type[GGUFLayer]:
-    return type(f"GGUF{cls.__name__}", (cls, GGUFEmbedding), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _on_table(module: Any, cls: Any, table: Any, ids: Any) -> Any:
+    """What an embedding of class `cls` with the content of `module` makes of another table."""
+    stand_in = _adopt(module, cls)
+    stand_in._parameters["weight"] = table
+    stand_in.num_embeddings, stand_in.padding_idx = len(table), None
+    return cls.forward(stand_in, ids)
 
 
 def _adopt(module: Any, cls: Any) -> Any:
