@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .quantizers.gguf import GGUFQuantizationConfig
     from .quantizers.modelopt import NVIDIAModelOptConfig
+    from .quantizers.quanto import QuantoConfig
     from .quantizers.torchao import TorchAoConfig
     from .targets import FormatInfo
 
@@ -54,6 +55,7 @@ _NAMES = {
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
     "Quantizer": "quantizers.base",
+    "QuantoConfig": "quantizers.quanto",
     "TorchAoConfig": "quantizers.torchao",
     "UnsupportedError": "errors",
     "WeightpackError": "errors",
@@ -91,6 +93,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationMethod",
     "Quantizer",
+    "QuantoConfig",
     "TorchAoConfig",
     "UnsupportedError",
     "WeightpackError",

@@ -108,7 +108,7 @@ def from_pretrained(
             single_first=host.name != "diffusers",
         )
     raw = config_of(location, config)
-    quantizer = _quantizer(raw, quantization_config)
+    quantizer = _quantizer(raw, location.folder, quantization_config)
     if quantizer is not None and not low_cpu_mem_usage:
         raise ConfigError("low_cpu_mem_usage=False has no meaning for a model that is packed while it is loaded")
     weights = StateDict(state_dict) if state_dict is not None else open_weights(location)
@@ -126,9 +126,9 @@ def from_pretrained(
     return (model, loading.info) if output_loading_info else model
 
 
-def _quantizer(raw: Mapping[str, Any], given: Any) -> Any:
-    """The quantizer of the config inside the model, else of the one given; `None` for a plain model."""
-    own = embedded_config(raw)
+def _quantizer(raw: Mapping[str, Any], folder: Path | None, given: Any) -> Any:
+    """The quantizer of the config inside the model or beside it, else of the one given; `None` for a plain model."""
+    own: Any = embedded_config(raw) or AutoQuantizer.from_file_beside(folder)
     if own is not None:
         merged = AutoQuantizer.merge_quantization_configs(own, given)
         return AutoQuantizer.from_config(merged, pre_quantized=True)

@@ -27,6 +27,9 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
 }
 """Name of each quantizer: module of this package, its quantizer class, its config class."""
 
+FILES_BESIDE = {"quanto_qmap.json": "quanto"}
+"""Files in which backends themselves say next to the weights how these are packed, and the quantizer."""
+
 _registered: dict[str, tuple[type[Quantizer], type[QuantizationConfig]]] = {}
 
 
@@ -147,15 +150,28 @@ class AutoQuantizer:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, subfolder: str | None = None) -> QuantizationConfig:
-        """The config in the `config.json` of a model folder.
+        """The config in the `config.json` of a model folder, or in a backend's own file beside it.
 
         Raises `ConfigError` when the model is not quantized, `CheckpointError` for a malformed file.
         """
-        file = Path(path, subfolder or "", CONFIG)
-        found = embedded_config(read_json(file))
-        if found is None:
+        folder = Path(path, subfolder or "")
+        file = folder / CONFIG
+        beside = cls.from_file_beside(folder)
+        found = embedded_config(read_json(file)) if beside is None or file.is_file() else None
+        if found is not None:
+            return cls.from_dict(found)
+        if beside is None:
             raise ConfigError(f"the model is not quantized: {file} has no quantization_config")
-        return cls.from_dict(found)
+        return beside
+
+    @classmethod
+    def from_file_beside(cls, folder: str | os.PathLike[str] | None) -> QuantizationConfig | None:
+        """The config in one of `FILES_BESIDE` in `folder`, `None` where there is none."""
+        for name, quantizer in FILES_BESIDE.items() if folder is not None else ():
+            file = Path(str(folder), name)
+            if file.is_file():
+                return config_class(quantizer).from_file_beside(read_json(file))
+        return None
 
     @classmethod
     def merge_quantization_configs(

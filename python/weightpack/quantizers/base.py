@@ -30,7 +30,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .._lazy import require
+from .._lazy import distribution, require
 from ..errors import BackendError
 from ..matcher import Matcher
 from ..placement import DISK, Placement
@@ -233,9 +233,10 @@ class Quantizer(ABC):
 def check_version(needed: Requirement, installed: str) -> None:
     """Raises `BackendError` for a release that is older than needed."""
     if _numbers(installed) < _numbers(needed.minimum):
+        package = distribution(needed.package)
         raise BackendError(
-            f"{needed.package} {installed} is too old to {needed.purpose}, expected {needed.minimum} or later",
-            hint=f"pip install --upgrade '{needed.package}>={needed.minimum}'",
+            f"{package} {installed} is too old to {needed.purpose}, expected {needed.minimum} or later",
+            hint=f"pip install --upgrade '{package}>={needed.minimum}'",
         )
 
 
@@ -248,6 +249,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _metadata_version(package: str) -> str:
     from importlib import metadata
 
-    for distribution in metadata.packages_distributions().get(package.partition(".")[0], ()):
-        return metadata.version(distribution)
+    for name in metadata.packages_distributions().get(package.partition(".")[0], ()):
+        return metadata.version(name)
     return ""

@@ -107,6 +107,12 @@ class QuantizationConfig:
         return config
 
     @classmethod
+    def from_file_beside(cls: type[Config], content: Any) -> Config:
+        """The config in a backend's own file next to the weights, from its parsed JSON; see `FILES_BESIDE` in
+        `weightpack.quantizers.auto`. Raises `ConfigError` where the backend has no such file."""
+        raise ConfigError(f"{cls.quant_method} keeps its config in config.json alone")
+
+    @classmethod
     def from_json_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
         """Reads what `to_json_file` wrote."""
         config: Config = cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
