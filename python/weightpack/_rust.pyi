@@ -131,7 +131,8 @@ class Checkpoint:
         `jobs`: JSON list of {name, format: full format name | "copy",
         params?: {block_size?, double_quant?, dtype?, keep_nonfinite?},
         through?: "BF16" | "F16" | "F32" (weights are rounded to this type once before they are encoded),
-        rows?, shape?, add? as in a plan's tensors}.
+        rows?, shape?, add? as in a plan's tensors,
+        transpose?: bool (rows and columns of a matrix of plain numbers are exchanged)}.
         `out`: byte arrays, for each job in order one per component of the format's layout; for "copy" one per
         stored part, in the order of `parts` in describe().
         Gives, by job and component, the final length in bytes; components whose length is only known at the end

@@ -38,6 +38,7 @@ class Job:
     `rows`, where given, are rows of tensors that joined in this order are the tensor (`name` is then
     the name of one of these), `shape` the shape of the result where it is not that of the source (the
     same weights in the same order), and `add` is added to every weight before it is rounded.
+    `transpose` exchanges rows and columns of a matrix of plain numbers.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     rows: tuple[Rows, ...] = ()
     shape: tuple[int, ...] | None = None
     add: float | None = None
+    transpose: bool = False
 
 
 class Component(NamedTuple):
@@ -146,6 +148,8 @@ def _row(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
         row["shape"] = list(job.shape)
     if job.add is not None:
         row["add"] = job.add
+    if job.transpose:
+        row["transpose"] = True
     return row
 
 
@@ -167,6 +171,12 @@ def _type_name(dtype: Any) -> str:
 
 def _shape(job: Job, entry: Entry) -> tuple[int, ...]:
     """The shape of the result."""
+    shape = _source_shape(job, entry)
+    return shape[::-1] if job.transpose else shape
+
+
+def _source_shape(job: Job, entry: Entry) -> tuple[int, ...]:
+    """The shape before rows and columns are exchanged."""
     if job.shape is not None:
         return job.shape
     if not job.rows:

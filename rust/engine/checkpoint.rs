@@ -15,6 +15,7 @@ use crate::shape;
 
 use super::gather::Gather;
 use super::slab::Packed;
+use super::transpose::Transposed;
 
 /// Most bytes of a whole-tensor component that is read to recognise a packed tensor.
 const MOST_WHOLE_BYTES: u64 = 64 * 1024;
@@ -34,9 +35,18 @@ pub struct Stored {
     pub file: usize,
     /// Where it lies.
     pub entry: Entry,
-    /// The rows of other arrays that it consists of, for an array that no file holds as it is; then
-    /// `file` and the entry's offset are those of the first.
-    pub gather: Option<Arc<Gather>>,
+    /// What it is made of, for an array that no file holds as it is; then `file` and the entry's
+    /// offset are those of the first array that it is made of.
+    pub made: Option<Made>,
+}
+
+/// How an array is made of stored ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Made {
+    /// Rows of them, joined.
+    Rows(Arc<Gather>),
+    /// One of them, with rows and columns exchanged.
+    Transposed(Arc<Transposed>),
 }
 
 /// One logical tensor.
@@ -172,10 +182,11 @@ impl Checkpoint {
             ))
             .tensor(&stored.entry.name));
         }
-        if let Some(gather) = &stored.gather {
-            return gather.read(offset, buffer, &|part, offset, buffer| {
-                self.read(part, offset, buffer)
-            });
+        let fetch = |part: &Stored, offset: u64, buffer: &mut [u8]| self.read(part, offset, buffer);
+        match &stored.made {
+            Some(Made::Rows(gather)) => return gather.read(offset, buffer, &fetch),
+            Some(Made::Transposed(matrix)) => return matrix.read(offset, buffer, &fetch),
+            None => {}
         }
         file.source
             .read_at(
@@ -221,7 +232,7 @@ impl Checkpoint {
                     Stored {
                         file,
                         entry: entry.clone(),
-                        gather: None,
+                        made: None,
                     },
                 );
             }

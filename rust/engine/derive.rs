@@ -1,5 +1,5 @@
 //! Tensors that no file holds as they are: rows of stored ones joined, or a stored one in another
-//! shape. They are tensors like any other to the rest of the engine; only their bytes are gathered.
+//! shape or transposed. They are tensors like any other to the rest of the engine; only their bytes are gathered.
 
 use std::sync::Arc;
 
@@ -8,9 +8,10 @@ use crate::error::{Error, Result};
 use crate::io::Entry;
 use crate::shape;
 
-use super::checkpoint::{plain_tensor, Checkpoint, Stored, Tensor};
+use super::checkpoint::{plain_tensor, Checkpoint, Made, Stored, Tensor};
 use super::gather::{Gather, Order};
 use super::request::{Assignment, Rows};
+use super::transpose::Transposed;
 
 /// The tensor that `assignment` asks for, if it is not simply a stored one.
 pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option<Tensor>> {
@@ -29,6 +30,23 @@ pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option
     };
     tensor.name.clone_from(&assignment.name);
     Ok(Some(tensor))
+}
+
+/// `tensor` with rows and columns exchanged.
+pub fn transpose(tensor: &Tensor) -> Result<Tensor> {
+    let Some(array) = whole_array(tensor) else {
+        return Err(Error::unsupported(format!(
+            "{} is not transposed: it is stored as several arrays",
+            super::plan::source_name(tensor)
+        )));
+    };
+    let transposed = Transposed::new(array.clone())?;
+    let mut result = array.clone();
+    result.entry.shape = transposed.shape();
+    result.made = Some(Made::Transposed(Arc::new(transposed)));
+    let mut result = plain_tensor(result)?;
+    result.name.clone_from(&tensor.name);
+    Ok(result)
 }
 
 /// The one array of a tensor that is stored as one.
@@ -144,7 +162,7 @@ fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Resul
             offset: first.array.entry.offset,
             bytes,
         },
-        gather: Some(Arc::new(gather)),
+        made: Some(Made::Rows(Arc::new(gather))),
     })
 }
 

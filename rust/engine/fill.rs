@@ -19,8 +19,8 @@ use crate::formats::{Format, Layout, PartsMut};
 use crate::shape;
 
 use super::assign;
-use super::checkpoint::{Checkpoint, Tensor};
-use super::derive::derive;
+use super::checkpoint::{Checkpoint, Made, Tensor};
+use super::derive::{derive, transpose};
 use super::pieces::{copy_step, read_slab, source_ranges};
 use super::plan::Action;
 use super::pool::{self, lock, Stop};
@@ -59,6 +59,9 @@ pub struct Job {
     /// As in [`Assignment::add`].
     #[serde(default)]
     pub add: Option<f32>,
+    /// Take the matrix, of plain numbers, with rows and columns exchanged.
+    #[serde(default)]
+    pub transpose: bool,
 }
 
 /// The choices of one job.
@@ -86,6 +89,8 @@ struct Checked<'c> {
     action: Action,
     through: Option<Dtype>,
     keep_nonfinite: bool,
+    /// Source bytes of a slab.
+    slab_bytes: u64,
     /// Format and layout that the arrays have, where a format was named and the bytes are copied
     /// because they are in it already.
     copied: Option<(&'static dyn Format, Layout)>,
@@ -155,7 +160,7 @@ pub fn fill(
         .iter()
         .map(|job| check(checkpoint, job, slab_bytes))
         .collect::<Result<Vec<_>>>()?;
-    let fill = Fill::new(checkpoint, &checked, out, slab_bytes)?;
+    let fill = Fill::new(checkpoint, &checked, out)?;
     let total_bytes = fill.total_bytes()?;
     pool::run(
         threads,
@@ -205,7 +210,20 @@ fn check_stored<'c>(
         importance: None,
     };
     let through = job.through.as_deref().map(rounding_type).transpose()?;
-    let derived = derive(checkpoint, &assignment)?;
+    let mut derived = derive(checkpoint, &assignment)?;
+    let mut slab_bytes = slab_bytes;
+    if job.transpose {
+        if job.shape.is_some() {
+            return Err(Error::config(
+                "a transposed matrix is not put into another shape",
+            ));
+        }
+        let transposed = transpose(derived.as_ref().unwrap_or(stored))?;
+        if let Some(Made::Transposed(matrix)) = &transposed.main()?.made {
+            slab_bytes = matrix.slab_bytes(slab_bytes);
+        }
+        derived = Some(transposed);
+    }
     let tensor = derived.as_ref().unwrap_or(stored);
     let checkpoints = std::slice::from_ref(checkpoint);
     let action = assign::action(checkpoints, tensor, path, slab_bytes, &assignment, through)?;
@@ -228,6 +246,7 @@ fn check_stored<'c>(
         action,
         keep_nonfinite: job.params.keep_nonfinite,
         copied,
+        slab_bytes,
     })
 }
 
@@ -323,7 +342,6 @@ impl<'o, 'c> Fill<'o, 'c> {
         checkpoint: &'c Checkpoint,
         jobs: &'c [Checked<'c>],
         out: Vec<&'o mut [u8]>,
-        slab_bytes: u64,
     ) -> Result<Self> {
         let given = out.len();
         let arrays = jobs
@@ -362,7 +380,7 @@ impl<'o, 'c> Fill<'o, 'c> {
         }
         for (index, (job, buffers)) in jobs.iter().zip(places).enumerate() {
             let state = fill
-                .add(index, job, buffers, slab_bytes)
+                .add(index, job, buffers)
                 .map_err(|error| job.locate(error))?;
             fill.states.push(state);
         }
@@ -375,7 +393,6 @@ impl<'o, 'c> Fill<'o, 'c> {
         index: usize,
         job: &Checked<'_>,
         buffers: Vec<&'o mut [u8]>,
-        slab_bytes: u64,
     ) -> Result<State<'o>> {
         let before = self.pieces.len();
         let mut state = State {
@@ -383,7 +400,7 @@ impl<'o, 'c> Fill<'o, 'c> {
             ..State::default()
         };
         match &job.action {
-            Action::Copy => self.add_copies(index, job, buffers, slab_bytes, &state)?,
+            Action::Copy => self.add_copies(index, job, buffers, &state)?,
             Action::Encode { layout, cut, .. } => {
                 let slabs = cut.slabs(layout.weights);
                 if layout.statistics.is_some() {
@@ -429,7 +446,6 @@ impl<'o, 'c> Fill<'o, 'c> {
         index: usize,
         job: &Checked<'_>,
         buffers: Vec<&'o mut [u8]>,
-        slab_bytes: u64,
         state: &State<'o>,
     ) -> Result<()> {
         let is_listed = |part: &&Option<_>| job.copied.is_some() || part.is_some();
@@ -453,7 +469,7 @@ impl<'o, 'c> Fill<'o, 'c> {
             if let Some(length) = lock(&state.lengths).get_mut(position) {
                 *length = stored.entry.bytes;
             }
-            let step = copy_step(slab_bytes, stored);
+            let step = copy_step(job.slab_bytes, stored);
             let mut first = 0;
             while first < stored.entry.bytes {
                 let bytes = step.min(stored.entry.bytes - first);

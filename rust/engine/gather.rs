@@ -239,7 +239,7 @@ mod tests {
                 offset: 0,
                 bytes: rows * row_bytes,
             },
-            gather: None,
+            made: None,
         }
     }
 

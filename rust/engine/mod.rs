@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`checkpoint`] | opens files and finds the logical tensors in them |
 //! | [`request`], [`plan`], `assign`, `memory`, `identity` | what is asked for; everything that will be written, from headers alone |
-//! | `derive`, `gather` | tensors made of rows of stored ones, or in another shape |
+//! | `derive`, `gather`, `transpose` | tensors made of rows of stored ones, in another shape, or transposed |
 //! | `importance` | importance vectors, loaded while their tensor is encoded |
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | [`fill`] | tensors of a file into arrays of the caller, encoded on the way |
@@ -40,6 +40,7 @@ pub mod report;
 pub mod request;
 pub mod run;
 mod slab;
+mod transpose;
 mod two_pass;
 pub mod verify;
 mod workspace;

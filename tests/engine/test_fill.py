@@ -129,6 +129,38 @@ def test_rows_shape_and_add(model: wp.Checkpoint) -> None:
     same(found[6], {"": shifted.astype(np.float16).astype(np.float32)})
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("format", ["bitsandbytes:nf4", "bitsandbytes:int8", "f32", "copy"])
+def test_transposed_matrices(model: wp.Checkpoint, format: str, threads: int) -> None:
+    names = ["a.weight", "odd.weight", "c.weight", "d.weight", "one.weight", "large.weight"]
+    if format != "bitsandbytes:int8":
+        names.append("none.weight")
+    found = filled(model, [Job(name, format, transpose=True) for name in names], threads=threads)
+    for name, given in zip(names, found, strict=True):
+        expected = np.ascontiguousarray(tensors()[name].T)
+        same(given, {"": expected} if format == "copy" else wp.quantize(expected, format))
+
+
+def test_what_is_transposed(model: wp.Checkpoint, make_model: Callable[..., Path]) -> None:
+    joined = Job(
+        "a.weight", "nf4", {"double_quant": True}, through="float16", rows=(Rows("a.weight", 1),), transpose=True
+    )
+    (found,) = filled(model, [joined])
+    expected = np.ascontiguousarray(tensors()["a.weight"][1:].astype(np.float16).T)
+    same(found, wp.quantize(expected, "nf4", double_quant=True))
+    tall = normal((20_000, 96), 8)
+    (found,) = filled(
+        wp.open_checkpoint(make_model({"tall.weight": tall}, "tall")), [Job("tall.weight", "nf4", transpose=True)]
+    )
+    same(found, wp.quantize(np.ascontiguousarray(tall.T), "nf4"))
+    for name in ("stack.weight", "a.bias", "steps"):
+        told = broken(Job(name, "copy", transpose=True), model, [np.empty(1, np.uint8)])
+        assert "is not transposed: only matrices of floating point numbers are" in told
+        assert name in told
+    told = broken(Job("a.weight", "f32", shape=(512, 301), transpose=True), model)
+    assert told.startswith("ConfigError: a transposed matrix is not put into another shape")
+
+
 def test_copies_are_the_stored_bytes(model: wp.Checkpoint) -> None:
     stored = tensors()
     for found, array in zip(filled(model, [Job(name, "copy") for name in stored]), stored.values(), strict=True):

@@ -1,0 +1,208 @@
+//! A stored matrix with rows and columns exchanged, read in any byte range without holding it: some
+//! rows of the result are a strip of each row of the file.
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::shape;
+
+use super::checkpoint::Stored;
+use super::gather::Fetch;
+
+/// Strips that are read before any is put in its place: so many neighbours are written together.
+const STRIPS: u64 = 16;
+
+/// Shortest strip, in bytes, that is worth a call of the system.
+const LEAST_STRIP_BYTES: u64 = 512;
+
+/// How many times the usual size a slab has at most, where columns are long.
+const MOST_USUAL_SLABS: u64 = 4;
+
+/// A matrix of plain numbers, transposed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transposed {
+    stored: Stored,
+    /// Rows and columns of the stored matrix.
+    rows: u64,
+    columns: u64,
+    /// Bytes of a number.
+    element: u64,
+}
+
+impl Transposed {
+    /// The transpose of `stored`, which must have two dimensions and hold floating point numbers.
+    pub fn new(stored: Stored) -> Result<Self> {
+        let entry = &stored.entry;
+        let is_plain = matches!(
+            entry.dtype,
+            Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16
+        );
+        let (true, [rows, columns]) = (is_plain, entry.shape.as_slice()) else {
+            return Err(Error::unsupported(format!(
+                "{} of shape {:?} is not transposed: only matrices of floating point numbers are",
+                entry.dtype, entry.shape
+            )));
+        };
+        Ok(Transposed {
+            rows: *rows,
+            columns: *columns,
+            element: entry.dtype.alignment(),
+            stored,
+        })
+    }
+
+    /// The stored matrix, of the shape that it is read in.
+    pub fn shape(&self) -> Vec<u64> {
+        vec![self.columns, self.rows]
+    }
+
+    /// Bytes of a slab for which strips are not too short: `usual`, or more.
+    pub fn slab_bytes(&self, usual: u64) -> u64 {
+        let wanted = self.rows.saturating_mul(LEAST_STRIP_BYTES);
+        wanted.clamp(usual, usual.saturating_mul(MOST_USUAL_SLABS))
+    }
+
+    /// Fills `buffer` with the bytes from `offset` on. Both are whole numbers of elements.
+    pub fn read(&self, offset: u64, buffer: &mut [u8], fetch: &Fetch<'_>) -> Result<()> {
+        match self.element {
+            2 => self.read_elements::<2>(offset, buffer, fetch),
+            4 => self.read_elements::<4>(offset, buffer, fetch),
+            _ => self.read_elements::<8>(offset, buffer, fetch),
+        }
+    }
+
+    fn read_elements<const BYTES: usize>(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        fetch: &Fetch<'_>,
+    ) -> Result<()> {
+        let (elements, torn) = buffer.as_chunks_mut::<BYTES>();
+        if !torn.is_empty() || !offset.is_multiple_of(BYTES as u64) {
+            return Err(Error::Internal(String::from("a read divides an element")));
+        }
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let first = offset / BYTES as u64;
+        let end = first + elements.len() as u64;
+        // Rows of the result, the first and the last of which may be there in part.
+        let (top, bottom) = (first / self.rows, end.div_ceil(self.rows));
+        let count = bottom - top;
+        let strip = shape::to_usize(count)?;
+        let mut strips = vec![[0; BYTES]; shape::to_usize(STRIPS.min(self.rows))? * strip];
+        for left in (0..self.rows).step_by(STRIPS as usize) {
+            let together = STRIPS.min(self.rows - left);
+            for (column, strip) in (left..)
+                .zip(strips.chunks_exact_mut(strip))
+                .take(together as usize)
+            {
+                let place = column * self.columns + top;
+                fetch(&self.stored, place * BYTES as u64, strip.as_flattened_mut())?;
+            }
+            for row in 0..count {
+                let start = (top + row) * self.rows + left;
+                let here = start.max(first)..(start + together).min(end);
+                if here.is_empty() {
+                    continue;
+                }
+                let skipped = shape::to_usize(here.start - start)?;
+                let place =
+                    shape::to_usize(here.start - first)?..shape::to_usize(here.end - first)?;
+                let found = strips
+                    .iter()
+                    .skip(skipped * strip + row as usize)
+                    .step_by(strip);
+                for (element, found) in elements.get_mut(place).into_iter().flatten().zip(found) {
+                    *element = *found;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::io::Entry;
+
+    fn stored(dtype: Dtype, rows: u64, columns: u64) -> Stored {
+        Stored {
+            file: 0,
+            entry: Entry {
+                name: String::from("weight"),
+                dtype,
+                shape: vec![rows, columns],
+                offset: 0,
+                bytes: rows * columns * dtype.alignment(),
+            },
+            made: None,
+        }
+    }
+
+    #[test]
+    fn every_range_of_elements_is_what_the_columns_say() {
+        for (rows, columns) in [(1, 9), (9, 1), (3, 5), (16, 4), (17, 3), (40, 2)] {
+            for dtype in [Dtype::BF16, Dtype::F32, Dtype::F64] {
+                let array = stored(dtype, rows, columns);
+                let size = dtype.alignment();
+                let content: Vec<u8> = (0..array.entry.bytes)
+                    .map(|offset| (offset * 7 + offset / 256) as u8)
+                    .collect();
+                let mut expected: Vec<u8> = Vec::new();
+                for column in 0..columns {
+                    for row in 0..rows {
+                        let place = ((row * columns + column) * size) as usize;
+                        expected.extend(&content[place..place + size as usize]);
+                    }
+                }
+                let fetch = |_: &Stored, offset: u64, buffer: &mut [u8]| {
+                    buffer.copy_from_slice(&content[offset as usize..][..buffer.len()]);
+                    Ok(())
+                };
+                let transposed = Transposed::new(array).unwrap();
+                assert_eq!(transposed.shape(), [columns, rows]);
+                let step = size as usize;
+                for first in (0..=expected.len()).step_by(step) {
+                    for end in (first..=expected.len()).step_by(step) {
+                        let mut buffer = vec![0xA5; end - first];
+                        transposed.read(first as u64, &mut buffer, &fetch).unwrap();
+                        assert_eq!(
+                            buffer,
+                            expected[first..end],
+                            "{rows} x {columns}: {first}..{end}"
+                        );
+                    }
+                }
+                assert!(transposed.read(1, &mut [0; 8], &fetch).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn a_slab_is_read_strip_by_strip() {
+        let reads = Cell::new(0);
+        let fetch = |_: &Stored, _: u64, _: &mut [u8]| {
+            reads.set(reads.get() + 1);
+            Ok(())
+        };
+        let transposed = Transposed::new(stored(Dtype::F32, 768, 2304)).unwrap();
+        let mut buffer = vec![0; 256 * 768 * 4];
+        transposed.read(0, &mut buffer, &fetch).unwrap();
+        assert_eq!(reads.take(), 768);
+        assert_eq!(transposed.slab_bytes(1 << 20), 1 << 20);
+        let long = Transposed::new(stored(Dtype::BF16, 1 << 20, 8)).unwrap();
+        assert_eq!(long.slab_bytes(1 << 20), 4 << 20);
+    }
+
+    #[test]
+    fn only_matrices_of_numbers_are_transposed() {
+        assert!(Transposed::new(stored(Dtype::I8, 2, 2)).is_err());
+        assert!(Transposed::new(stored(Dtype::Q8_0, 32, 32)).is_err());
+        let mut vector = stored(Dtype::F32, 2, 2);
+        vector.entry.shape = vec![4];
+        assert!(Transposed::new(vector).is_err());
+    }
+}
