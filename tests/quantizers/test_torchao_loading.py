@@ -1,0 +1,240 @@
+"""Models packed by torchao while they are loaded, and packed ones loaded: the same as the hosts' own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import weightpack as wp
+from tests.conftest import find_peer
+from weightpack.errors import CheckpointError, ConfigError, FormatError
+
+torch = find_peer("torch")
+find_peer("torchao")
+find_peer("accelerate")
+quantization = find_peer("torchao.quantization")
+mx = find_peer("torchao.prototype.mx_formats")
+
+from tests.diffusion_models import make  # noqa: E402
+from tests.loading import nets  # noqa: E402
+from tests.quantizers.torchao_models import TOKENS, assert_same, llama, saved  # noqa: E402
+
+CONFIGS = {
+    "int8": quantization.Int8WeightOnlyConfig(),
+    "int8_group": quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(16)),
+    "int8_dynamic": quantization.Int8DynamicActivationInt8WeightConfig(),
+    "float8": quantization.Float8WeightOnlyConfig(),
+    "intx4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(16)),
+    "nvfp4": mx.NVFP4WeightOnlyConfig(),
+}
+
+
+def linears(model):
+    return sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+
+
+def flux_inputs():
+    torch.manual_seed(3)
+    return {
+        "hidden_states": torch.randn(1, 16, 16).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, 8, 32).bfloat16(),
+        "pooled_projections": torch.randn(1, 32).bfloat16(),
+        "timestep": torch.tensor([0.5]).bfloat16(),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+        "guidance": torch.tensor([3.0]).bfloat16(),
+    }
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return find_peer("diffusers")
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return find_peer("transformers")
+
+
+@pytest.fixture(scope="module")
+def flux_folder(diffusers, tmp_path_factory):
+    model = make("flux", diffusers).bfloat16()
+    return saved(model, tmp_path_factory.mktemp("flux"), shard="200KB")
+
+
+@pytest.fixture(scope="module")
+def llama_folder(transformers, tmp_path_factory):
+    return saved(llama(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_diffusers_makes_the_same_on_the_fly_and_its_files_load(diffusers, flux_folder, tmp_path, name):
+    cls = diffusers.FluxTransformer2DModel
+    theirs = cls.from_pretrained(
+        flux_folder, quantization_config=diffusers.TorchAoConfig(CONFIGS[name]), torch_dtype=torch.bfloat16
+    )
+    own = wp.from_pretrained(
+        cls, flux_folder, quantization_config=wp.TorchAoConfig(CONFIGS[name]), torch_dtype=torch.bfloat16
+    )
+    assert assert_same(own, theirs) == linears(theirs)
+    expected = theirs(**flux_inputs()).sample
+    assert torch.equal(own(**flux_inputs()).sample, expected)
+
+    saved(theirs, tmp_path, shard="60KB")
+    again = wp.from_pretrained(cls, tmp_path, torch_dtype=torch.bfloat16)
+    assert assert_same(again, theirs) == linears(theirs)
+    assert torch.equal(again(**flux_inputs()).sample, expected)
+    assert again.hf_quantizer.is_serializable
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_makes_the_same_on_the_fly_and_its_files_load(transformers, llama_folder, tmp_path, name):
+    cls = transformers.LlamaForCausalLM
+    theirs = cls.from_pretrained(llama_folder, quantization_config=transformers.TorchAoConfig(CONFIGS[name]))
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=wp.TorchAoConfig(CONFIGS[name]))
+    assert assert_same(own, theirs) == 14
+    expected = theirs(TOKENS).logits
+    assert torch.equal(own(TOKENS).logits, expected)
+
+    saved(theirs, tmp_path, shard="30KB")
+    again = wp.from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    assert assert_same(again, theirs) == 14
+    assert torch.equal(again(TOKENS).logits, expected)
+
+
+def test_parts_of_a_weight_may_lie_in_different_shards(transformers, llama_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=wp.TorchAoConfig("int8"))
+    one = saved(own, tmp_path / "one", shard="1GB")
+    safetensors = find_peer("safetensors")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(one / "model.safetensors")
+    with safetensors.safe_open(one / "model.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((one / "config.json").read_bytes())
+    weight_map = {}
+    described = {name for name in metadata if name not in ("format", "tensor_names")}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        names = list(tensors)[number::3]
+        # Each file describes only some tensors, and not those that it holds.
+        listed = sorted(described)[number::3]
+        about = {"format": "pt", "tensor_names": json.dumps(listed), **{name: metadata[name] for name in listed}}
+        save_file({name: tensors[name] for name in names}, folder / file, about)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert assert_same(wp.from_pretrained(cls, folder), own) == 14
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}, "auto"])
+def test_a_device_map_that_names_the_cpu_packs_everything(diffusers, flux_folder, tmp_path, device_map):
+    # diffusers packs nothing for {"": "cpu"}, and refuses packed files with it.
+    cls = diffusers.FluxTransformer2DModel
+    model = wp.from_pretrained(
+        cls, flux_folder, quantization_config=wp.TorchAoConfig("int8"), torch_dtype="bfloat16", device_map=device_map
+    )
+    plain = wp.from_pretrained(cls, flux_folder, quantization_config=wp.TorchAoConfig("int8"), torch_dtype="bfloat16")
+    assert assert_same(model, plain) == linears(plain)
+    saved(plain, tmp_path)
+    again = wp.from_pretrained(cls, tmp_path, device_map=device_map, torch_dtype="bfloat16")
+    assert assert_same(again, plain) == linears(plain)
+
+
+def test_modules_on_disk_are_not_packed_and_packed_ones_do_not_go_there(tmp_path):
+    net = nets.make(dtype=torch.bfloat16)
+    folder = nets.save(tmp_path / "net", net)
+    device_map = {"": "cpu", "blocks.0": "disk"}
+    model = wp.from_pretrained(
+        nets.Net,
+        folder,
+        quantization_config=wp.TorchAoConfig("int8"),
+        device_map=device_map,
+        offload_folder=tmp_path / "off",
+    )
+    assert set(model.hf_quantizer.quantized) == {"blocks.1.up", "blocks.1.down", "head"}
+    assert (model(nets.TOKENS) - net(nets.TOKENS)).norm() / net(nets.TOKENS).norm() < 0.02
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = wp.TorchAoConfig("int8").to_dict()
+    with pytest.raises(ConfigError, match="do not stay on disk"):
+        wp.from_pretrained(nets.Net, folder, config=config, device_map=device_map, offload_folder=tmp_path / "off")
+
+
+def test_a_model_of_a_persons_own(tmp_path):
+    net = nets.make(dtype=torch.bfloat16)
+    folder = nets.save(tmp_path / "net", net, shards=3)
+    model = nets.Net.from_pretrained(folder, quantization_config=wp.TorchAoConfig("float8", ["head"]))
+    assert set(model.hf_quantizer.quantized) == {f"blocks.{n}.{leaf}" for n in range(2) for leaf in ("up", "down")}
+    expected = net(nets.TOKENS)
+    assert (model(nets.TOKENS) - expected).norm() / expected.norm() < 0.03
+    model.hf_quantizer.dequantize(model)
+    assert all(type(value) is torch.Tensor for value in model.state_dict().values())
+
+
+def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path):
+    net = nets.make(dtype=torch.bfloat16)
+    with torch.no_grad():
+        net.blocks[1].down.weight[0, 5] = float("nan")
+    folder = nets.save(tmp_path / "net", net)
+    with pytest.raises(FormatError, match=r'nan at index 5 .*tensor "blocks.1.down.weight"'):
+        wp.from_pretrained(nets.Net, folder, quantization_config=wp.TorchAoConfig("int8"))
+
+
+def test_zero_rows_load_as_zeros(tmp_path):
+    net = nets.make(dtype=torch.bfloat16)
+    with torch.no_grad():
+        net.blocks[0].up.weight[3] = 0
+    folder = nets.save(tmp_path / "net", net)
+    model = wp.from_pretrained(nets.Net, folder, quantization_config=wp.TorchAoConfig("float8"))
+    assert not model.blocks[0].up.weight.dequantize()[3].any()
+    assert model(nets.TOKENS).isfinite().all()
+
+
+def test_a_missing_part_is_an_error(transformers, llama_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    cls = transformers.LlamaForCausalLM
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=wp.TorchAoConfig("int8"))
+    saved(own, tmp_path, shard="1GB")
+    file = tmp_path / "model.safetensors"
+    with find_peer("safetensors").safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj._weight_scale"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(CheckpointError, match=r'lacks scale of the packed tensor "model.layers.0.mlp.up_proj.weight"'):
+        wp.from_pretrained(cls, tmp_path)
+    save_file(load_file(file), file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="no file of the checkpoint describes how torchao packed"):
+        wp.from_pretrained(cls, tmp_path)
+
+
+def test_pickled_files_load_as_far_as_they_hold_tensors_alone(diffusers, flux_folder, tmp_path):
+    cls = diffusers.FluxTransformer2DModel
+    theirs = cls.from_pretrained(
+        flux_folder,
+        quantization_config=diffusers.TorchAoConfig(CONFIGS["int8"]),
+        torch_dtype=torch.bfloat16,
+    )
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    # Importing torchao tells torch that its tensors are safe to load.
+    again = wp.from_pretrained(cls, tmp_path, torch_dtype=torch.bfloat16)
+    assert assert_same(again, theirs) == linears(theirs)
+    again.hf_quantizer.dequantize(again)
+    assert all(type(value) is torch.Tensor for value in again.state_dict().values())
+    code = f"""
+import torch, weightpack as wp
+try:
+    wp.from_pretrained(torch.nn.Identity, {str(tmp_path)!r})
+except wp.CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot be read as tensors alone" in done.stdout
+    assert "hint: a .safetensors file is safe to load" in done.stdout
