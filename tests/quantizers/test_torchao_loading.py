@@ -238,3 +238,79 @@ except wp.CheckpointError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "cannot be read as tensors alone" in done.stdout
     assert "hint: a .safetensors file is safe to load" in done.stdout
+
+
+def pair(model):
+    return [type(model.get_parameter(f"{path}.weight")).__name__ for path in ("model.embed_tokens", "lm_head")]
+
+
+@pytest.fixture(scope="module")
+def tied_folder(transformers, tmp_path_factory):
+    return saved(llama(tied=True), tmp_path_factory.mktemp("tied"))
+
+
+def test_tied_weights_stay_tied_and_in_full(transformers, tied_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    theirs = cls.from_pretrained(tied_folder, quantization_config=transformers.TorchAoConfig(CONFIGS["int8"]))
+    own = wp.from_pretrained(cls, tied_folder, quantization_config=wp.TorchAoConfig("int8", ["up_proj"]))
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    # A skip list of one's own does not take away what the host protects.
+    assert pair(own) == ["Parameter", "Parameter"]
+    own = wp.from_pretrained(cls, tied_folder, quantization_config=wp.TorchAoConfig("int8"))
+    assert assert_same(own, theirs) == 14
+    again = wp.from_pretrained(cls, saved(theirs, tmp_path))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert assert_same(again, theirs) == 14
+
+
+def test_a_tied_embedding_that_is_packed_stays_tied(transformers, tied_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    config = wp.TorchAoConfig("int8", include_input_output_embeddings=True)
+    own = wp.from_pretrained(cls, tied_folder, quantization_config=config)
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    assert pair(own) == ["Int8Tensor", "Int8Tensor"]
+    plain = wp.from_pretrained(cls, tied_folder)
+    expected = plain(TOKENS).logits
+    assert (own(TOKENS).logits - expected).norm() / expected.norm() < 0.03
+    named = quantization.FqnToConfig({"_default": CONFIGS["int8"], "model.embed_tokens": CONFIGS["int8"]})
+    theirs = cls.from_pretrained(
+        tied_folder, quantization_config=transformers.TorchAoConfig(named, include_input_output_embeddings=True)
+    )
+    assert assert_same(own, theirs) == 16
+    # The file holds the weight twice; transformers cannot compare the two and fails.
+    again = wp.from_pretrained(cls, saved(own, tmp_path))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert assert_same(again, own) == 16
+
+
+def test_an_output_layer_may_keep_a_copy_in_full(transformers, tied_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    config = wp.TorchAoConfig("int8", include_input_output_embeddings=True, untie_embedding_weights=True)
+    own = wp.from_pretrained(cls, tied_folder, quantization_config=config)
+    plain = wp.from_pretrained(cls, tied_folder)
+    assert pair(own) == ["Int8Tensor", "Parameter"]
+    assert torch.equal(own.lm_head.weight, plain.lm_head.weight)
+    assert own.config.tie_word_embeddings is False
+    again = wp.from_pretrained(cls, saved(own, tmp_path))
+    assert pair(again) == ["Int8Tensor", "Parameter"]
+    assert assert_same(again, own) == 15
+
+
+def test_embeddings_are_packed_when_asked_for(transformers, llama_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    both = wp.TorchAoConfig("int8", include_input_output_embeddings=True)
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=both)
+    assert pair(own) == ["Int8Tensor", "Int8Tensor"]
+    assert assert_same(wp.from_pretrained(cls, saved(own, tmp_path)), own) == 16
+    named = quantization.FqnToConfig({"_default": CONFIGS["int8"], "model.embed_tokens": CONFIGS["int8_group"]})
+    theirs = cls.from_pretrained(llama_folder, quantization_config=transformers.TorchAoConfig(named))
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=wp.TorchAoConfig(named))
+    assert pair(own) == ["Int8Tensor", "Parameter"]
+    assert assert_same(own, theirs) == 15
+    with pytest.warns(UserWarning, match=r"cannot pack 1 layers, they stay as they are: model.embed_tokens"):
+        own = wp.from_pretrained(
+            cls, llama_folder, quantization_config=wp.TorchAoConfig("nvfp4", include_input_output_embeddings=True)
+        )
+    assert pair(own) == ["Parameter", "NVFP4Tensor"]
+    with pytest.raises(ConfigError, match="Net does not tell which its embedding is"):
+        wp.from_pretrained(nets.Net, nets.save(tmp_path / "net", nets.make()), quantization_config=both)

@@ -209,7 +209,8 @@ class TorchAoQuantizer(Quantizer):
         nn = require("torch", _PURPOSE).nn
         if isinstance(module, nn.Linear):
             return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return isinstance(module, nn.Embedding) and (self.pre_quantized or path in self._embedding.both)
+        asked = path in self._embedding.both or {path, f"{path}.weight"} & set(forms.named_exactly(self.config.form))
+        return isinstance(module, nn.Embedding) and (self.pre_quantized or bool(asked))
 
     def replace_layer(self, path: str, module: Any) -> Any:
         """`module` itself: only its weight changes."""

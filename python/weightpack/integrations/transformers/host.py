@@ -96,7 +96,15 @@ class TransformersHost:
     def tie(self, model: Any) -> None:
         """By the class's own list of ties. Of two tied names, the one that was in the checkpoint gives the
         value, whichever it is; two that were both there and differ stay two."""
-        missing = {name for name, value in state_of(model).items() if value.device.type == "meta"}
+        state = state_of(model)
+        missing = {name for name, value in state.items() if value.device.type == "meta"}
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if {target, source} <= state.keys() - missing and _holds_tensors(state[target]):
+                # Packed tensors that hold others cannot be compared by transformers.
+                if _same(state[target], state[source]):
+                    missing.add(target)
+                else:
+                    model.all_tied_weights_keys.pop(target)
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
     def may_miss(self, model: Any, names: Sequence[str]) -> list[str]:
@@ -180,6 +188,28 @@ def _own_config(model_class: Any, config: dict[str, Any]) -> Any:
                 config = value
                 break
     return config_class.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _holds_tensors(value: Any) -> bool:
+    found: bool = require("torch.utils._python_dispatch", _PURPOSE).is_traceable_wrapper_subclass(value)
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors that hold others hold the same bits."""
+    torch = require("torch", _PURPOSE)
+    if type(one) is not type(other) or one.shape != other.shape:
+        return False
+    names = one.__tensor_flatten__()[0]
+    if names != other.__tensor_flatten__()[0]:
+        return False
+    for name in names:
+        left, right = getattr(one, name), getattr(other, name)
+        if left.dtype != right.dtype or left.shape != right.shape:
+            return False
+        if not torch.equal(*(array.contiguous().reshape(-1).view(torch.uint8) for array in (left, right))):
+            return False
+    return True
 
 
 def _load_generation_config(model: Any, folder: Path) -> None:
