@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .loading.load import from_pretrained
     from .loading.plain import ModelMixin
     from .quantizers.auto import AutoQuantizer, register_quantizer
-    from .quantizers.base import Quantizer
+    from .quantizers.base import Quantizer, quantizer_of
     from .quantizers.bitsandbytes import BitsAndBytesConfig
     from .quantizers.config import QuantizationConfig, QuantizationMethod
     from .quantizers.gguf import GGUFQuantizationConfig
@@ -71,6 +71,7 @@ _NAMES = {
     "open_checkpoint": "checkpoint",
     "pack_int4": "formats_",
     "quantize": "formats_",
+    "quantizer_of": "quantizers.base",
     "register_quantizer": "quantizers.auto",
     "unpack_int4": "formats_",
 }
@@ -109,6 +110,7 @@ __all__ = [
     "open_checkpoint",
     "pack_int4",
     "quantize",
+    "quantizer_of",
     "register_quantizer",
     "unpack_int4",
 ]

@@ -54,6 +54,21 @@ def test_packed_while_loading(tmp_path, shards, threads):
     assert model.is_quantized
 
 
+def test_back_to_ordinary_layers(tmp_path):
+    net = nets.make()
+    folder = nets.save(tmp_path / "net", net)
+    model = wp.from_pretrained(nets.Net, folder, quantization_config=NF4)
+    assert wp.quantizer_of(model).name == "bitsandbytes_4bit"
+    assert model.dequantize() is model
+    weight = net.blocks[0].up.weight.detach()
+    decoded = wp.dequantize(wp.quantize(weight, "nf4"), "nf4", shape=weight.shape)
+    assert torch.equal(model.blocks[0].up.weight, decoded)
+    assert type(model.blocks[0].up) is torch.nn.Linear
+    with pytest.raises(ConfigError, match="the model is not packed"):
+        nets.make().dequantize()
+    assert wp.quantizer_of(nets.make()) is None
+
+
 def test_a_packed_folder_needs_no_config(tmp_path):
     net = nets.make(dtype=torch.bfloat16)
     folder = nets.save(tmp_path / "net", net, shards=2)

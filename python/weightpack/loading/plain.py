@@ -85,7 +85,7 @@ class PlainHost:
 
 
 class ModelMixin:
-    """Gives a person's own `torch.nn.Module` both `from_pretrained` and `save_pretrained`.
+    """Gives a person's own `torch.nn.Module` `from_pretrained` and `dequantize`.
 
     ```python
     class Net(weightpack.ModelMixin, torch.nn.Module):
@@ -103,6 +103,19 @@ class ModelMixin:
         from .load import from_pretrained
 
         return from_pretrained(cls, path, **options)
+
+    def dequantize(self, dtype: Any = None) -> Any:
+        """Puts ordinary layers with decoded weights in place of packed ones; gives the model.
+
+        `dtype` is their type, by default the one that the weights were packed from. Raises `ConfigError`
+        for a model that is not packed.
+        """
+        from ..quantizers.base import quantizer_of
+
+        quantizer = quantizer_of(self)
+        if quantizer is None:
+            raise ConfigError("the model is not packed")
+        return quantizer.dequantize(self, dtype=dtype)
 
 
 def _title(model_class: Any) -> str:

@@ -230,6 +230,15 @@ class Quantizer(ABC):
         raise BackendError(f"{self.name} weights are not turned back by this backend")
 
 
+def quantizer_of(model: Any) -> Quantizer | None:
+    """The quantizer of a model that weightpack loaded, also behind a host's own object; `None` for others."""
+    found = getattr(model, "hf_quantizer", None)
+    for candidate in (found, getattr(found, "quantizer", None)):
+        if isinstance(candidate, Quantizer):
+            return candidate
+    return None
+
+
 def check_version(needed: Requirement, installed: str) -> None:
     """Raises `BackendError` for a release that is older than needed."""
     if _numbers(installed) < _numbers(needed.minimum):
