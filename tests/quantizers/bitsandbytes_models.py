@@ -37,17 +37,19 @@ class Conv1D(torch.nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).reshape(*x.shape[:-1], self.nf)
 
 
-def load(model: torch.nn.Module, config: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+def load(
+    model: torch.nn.Module, config: Any, *, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any
+) -> Any:
     """Packs `model` in place, with its weights, by the hooks of a quantizer; gives the quantizer."""
     quantizer = AutoQuantizer.from_config(config, pre_quantized=False)
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     quantizer.validate_environment()
     quantizer.torch_dtype = dtype
-    quantizer.update_device_map({"": "cpu"})
+    quantizer.update_device_map({"": device})
     quantizer.preprocess_model(model, **options)
     for name, value in weights.items():
         if quantizer.check_if_quantized_param(model, name):
-            quantizer.create_quantized_param(model, name, value, device="cpu", dtype=dtype)
+            quantizer.create_quantized_param(model, name, value, device=device, dtype=dtype)
     quantizer.postprocess_model(model)
     return quantizer
 

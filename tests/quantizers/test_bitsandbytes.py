@@ -144,3 +144,36 @@ def test_importing_the_quantizer_loads_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compiled_in_one_graph(width, double_quant, training):
+    torch.manual_seed(0)
+    model = Net()
+    load(model, wp.BitsAndBytesConfig(**{width: True}, bnb_4bit_use_double_quant=double_quant))
+    model.train(training)
+    x = torch.randn(3, 80, requires_grad=training)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = compiled(x)
+    torch.testing.assert_close(got, expected)
+    if training:
+        (slope,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(torch.autograd.grad(got.square().sum(), x)[0], slope)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(width, dtype):
+    torch.manual_seed(0)
+    model = Net().eval()
+    dense = Net()
+    dense.load_state_dict(model.state_dict())
+    load(model, wp.BitsAndBytesConfig(**{width: True}))
+    x = torch.randn(3, 80)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32), torch.no_grad():
+        got, expected = model(x).float(), dense(x).float()
+    assert (got - expected).norm() / expected.norm() < 0.25

@@ -103,13 +103,13 @@ def test_a_forward_is_right_and_leaves_every_byte(shape, double_quant):
 
 
 def test_slabs_of_rows_give_what_one_slab_gives(monkeypatch):
-    from weightpack.quantizers import bitsandbytes_layers
+    from weightpack.quantizers import bitsandbytes_products
 
     layer, _ = layer_of(600, 48, bnb_4bit_use_double_quant=True)
     x = torch.randn(3, 48, requires_grad=True)
     whole = layer(x)
     (slope,) = torch.autograd.grad(whole.square().sum(), x)
-    monkeypatch.setattr(bitsandbytes_layers, "SLAB_BYTES", 48 * 4 * 50)
+    monkeypatch.setattr(bitsandbytes_products, "SLAB_BYTES", 48 * 4 * 50)
     parts = layer(x)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), x)[0], slope, rtol=1e-5, atol=1e-5)

@@ -7,15 +7,13 @@ dict holds the bytes that were loaded, whatever was computed in between.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .._lazy import require
 from ..errors import BackendError, CheckpointError, WeightpackError
-from ..formats_ import dequantize
+from .bitsandbytes_products import decode_4bit, decode_8bit, multiply_4bit, multiply_8bit
 
 _PURPOSE = "run bitsandbytes weights"
 torch: Any = require("torch", _PURPOSE)
@@ -95,94 +93,6 @@ def _check_sizes(name: str, parts: Mapping[str, Any], described: Mapping[str, An
             raise CheckpointError(f'{part} holds {parts[part].numel()} numbers, expected {count} (tensor "{name}")')
 
 
-def absmax_of(state: Any) -> Any:
-    """The scale of each block, float32 [blocks], of a `QuantState`."""
-    if not state.nested:
-        return state.absmax.float()
-    scales = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)[: state.absmax.numel()]
-    return state.state2.code.float()[state.absmax.long()] * scales + state.offset
-
-
-def decode_4bit(weight: Any, dtype: Any) -> Any:
-    """The weights of a packed parameter, [N, K], rounded once to `dtype`, where the parameter is."""
-    state = weight.quant_state
-    if weight.device.type != "cpu":
-        wanted = copy.copy(state)
-        wanted.dtype = dtype
-        return bnb.functional.dequantize_4bit(weight.data, wanted)
-    return dequantize(
-        {"": weight.data.reshape(-1, 1).view(torch.uint8), "absmax": absmax_of(state)},
-        f"bitsandbytes:{state.quant_type}",
-        shape=tuple(state.shape),
-        dtype=dtype,
-        block_size=state.blocksize,
-    )
-
-
-SLAB_BYTES = 8 << 20
-"""Decoded weights that are held at a time on the CPU. They stay in the cache until they are multiplied, and
-memory of that size is not returned to the system in between."""
-
-
-def _slabs(weight: Any, dtype: Any) -> Iterator[tuple[slice, Any]]:
-    """The weights of a packed parameter on the CPU, some rows after the other: which, and [rows, K] of `dtype` in
-    memory that is used again for the next."""
-    state = weight.quant_state
-    rows, columns = state.shape
-    size = state.blocksize
-    # Slabs begin where a block does.
-    unit = size // math.gcd(size, columns)
-    step = max(unit, SLAB_BYTES // (columns * dtype.itemsize) // unit * unit)
-    codes, scales = weight.data.reshape(-1).view(torch.uint8), absmax_of(state)
-    memory = torch.empty((min(step, rows), columns), dtype=dtype)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        start, end = first * columns, last * columns
-        parts = {"": codes[start // 2 : -(-end // 2)].reshape(-1, 1), "absmax": scales[start // size : -(-end // size)]}
-        slab = memory[: last - first]
-        dequantize(
-            parts,
-            f"bitsandbytes:{state.quant_type}",
-            shape=(last - first, columns),
-            out=slab,
-            block_size=size,
-            threads=torch.get_num_threads(),
-        )
-        yield slice(first, last), slab
-
-
-def _multiply_4bit(x: Any, weight: Any, bias: Any) -> Any:
-    """x of shape [..., K] times the transposed weight, plus a bias, in the type of x."""
-    out = x.new_empty((*x.shape[:-1], weight.quant_state.shape[0]))
-    for rows, slab in _slabs(weight, x.dtype):
-        out[..., rows] = torch.nn.functional.linear(x, slab, None if bias is None else bias[rows])
-    return out
-
-
-class _Product4bit(torch.autograd.Function):  # type: ignore[misc]
-    """`_multiply_4bit` with a gradient. Keeps the packed weight only: it is decoded again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, bias: Any, weight: Any) -> Any:
-        ctx.weight = weight
-        ctx.dtype = x.dtype
-        return _multiply_4bit(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Any) -> Any:
-        x = bias = None
-        if ctx.needs_input_grad[0]:
-            gradient = gradient.to(ctx.dtype)
-            total = torch.zeros((*gradient.shape[:-1], ctx.weight.quant_state.shape[1]), dtype=torch.float32)
-            for rows, slab in _slabs(ctx.weight, ctx.dtype):
-                total += gradient[..., rows] @ slab
-            x = total.to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return x, bias, None
-
-
 class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' `Linear4bit` whose weight is packed from the start, and which keeps it so.
 
@@ -260,9 +170,7 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         dtype = self.compute_dtype if self.compute_type_is_set else None
         inner = x if dtype is None else x.to(dtype)
         bias = None if self.bias is None else self.bias.to(inner.dtype)
-        if torch.is_grad_enabled() and (inner.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product4bit.apply(inner, bias, weight).to(x.dtype)
-        return _multiply_4bit(inner, weight, bias).to(x.dtype)
+        return multiply_4bit(inner, weight, bias).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Codes that are stored as a floating type are bytes all the same, and are not cast."""
@@ -345,44 +253,6 @@ def params_16bit(weights: Any, device: Any, dtype: Any) -> Any:
     return bnb.nn.Int8Params(weights.to(device, dtype), requires_grad=False, has_fp16_weights=True)
 
 
-def decode_8bit(codes: Any, scales: Any, dtype: Any) -> Any:
-    """int8 weights [N, K] with the largest magnitude of each row [N], rounded once to `dtype`, where they are."""
-    if codes.device.type != "cpu":
-        return bnb.functional.int8_vectorwise_dequant(codes, scales).to(dtype)
-    return dequantize({"": codes.detach(), "SCB": scales.detach()}, "bitsandbytes:int8", dtype=dtype)
-
-
-def _multiply_8bit(x: Any, codes: Any, scales: Any, bias: Any, threshold: float) -> Any:
-    """LLM.int8: rows of x [M, K] are rounded to int8, columns that reach `threshold` multiplied as they are."""
-    packed, stats, outliers = bnb.functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
-    ops = torch.ops.bitsandbytes
-    if threshold > 0:
-        return ops.int8_mixed_scaled_mm(x, packed, codes, stats, scales, outliers, bias)[0]
-    return ops.int8_scaled_mm.default(packed, codes, stats, scales, bias=bias, dtype=x.dtype)
-
-
-class _Product8bit(torch.autograd.Function):  # type: ignore[misc]
-    """x of shape [M, K] times the transposed int8 weight, plus a bias; the gradient of x is that of the decoded
-    weight. `rounds` says whether x is rounded to int8, as in inference."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, bias: Any, codes: Any, scales: Any, threshold: float, rounds: bool) -> Any:
-        ctx.codes, ctx.scales, ctx.dtype = codes, scales, x.dtype
-        if rounds:
-            return _multiply_8bit(x, codes, scales, bias, threshold)
-        return torch.nn.functional.linear(x, decode_8bit(codes, scales, x.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Any) -> Any:
-        x = bias = None
-        if ctx.needs_input_grad[0]:
-            x = gradient.to(ctx.dtype) @ decode_8bit(ctx.codes, ctx.scales, ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            bias = gradient.sum(0)
-        return x, bias, None, None, None, None
-
-
 class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """bitsandbytes' `Linear8bitLt`; on the CPU a forward moves and casts nothing of it.
 
@@ -446,10 +316,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             return super().forward(x)
         codes = self.weight.data
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        rounds = not self.training and rows.numel() > 0
-        out = _Product8bit.apply(rows, bias, codes, scales, self.state.threshold, rounds)
-        return out.reshape(*x.shape[:-1], codes.shape[0])
+        return multiply_8bit(x, codes, scales, bias, threshold=self.state.threshold, rounds=not self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Codes and scales stay together, wherever they are moved."""
