@@ -64,6 +64,9 @@ def test_back_to_ordinary_layers(tmp_path):
     decoded = wp.dequantize(wp.quantize(weight, "nf4"), "nf4", shape=weight.shape)
     assert torch.equal(model.blocks[0].up.weight, decoded)
     assert type(model.blocks[0].up) is torch.nn.Linear
+    assert wp.quantizer_of(model) is None
+    assert not model.is_quantized
+    assert "quantization_config" not in model.config
     with pytest.raises(ConfigError, match="the model is not packed"):
         nets.make().dequantize()
     assert wp.quantizer_of(nets.make()) is None

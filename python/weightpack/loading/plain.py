@@ -115,7 +115,12 @@ class ModelMixin:
         quantizer = quantizer_of(self)
         if quantizer is None:
             raise ConfigError("the model is not packed")
-        return quantizer.dequantize(self, dtype=dtype)
+        model = quantizer.dequantize(self, dtype=dtype)
+        del model.hf_quantizer
+        model.is_quantized = False
+        if isinstance(model.config, dict):
+            model.config.pop("quantization_config", None)
+        return model
 
 
 def _title(model_class: Any) -> str:
