@@ -216,6 +216,43 @@ def test_from_a_state_dict_and_from_torchs_own_files(tmp_path):
     assert_packed(model, "head", net.head.weight.detach())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_mapped_files_give_the_same_model(tmp_path, packed):
+    net = nets.make(dtype=torch.bfloat16)
+    folder = nets.save(tmp_path / "net", net, shards=2)
+    if packed:
+        wp.convert(folder, tmp_path / "packed", to="nf4", max_shard_size="20KB")
+        folder = tmp_path / "packed"
+    for config in (None, NF4):
+        options = {} if packed or config is None else {"quantization_config": config}
+        read = wp.from_pretrained(nets.Net, folder, **options).state_dict()
+        mapped = wp.from_pretrained(nets.Net, folder, mmap=True, **options).state_dict()
+        assert list(read) == list(mapped)
+        assert all(torch.equal(value, mapped[name]) for name, value in read.items())
+
+
+def test_a_mapped_model_can_be_written_to(tmp_path):
+    net = nets.make()
+    folder = nets.save(tmp_path / "net", net)
+    before = (folder / "model.safetensors").read_bytes()
+    model = wp.from_pretrained(nets.Net, folder, mmap=True)
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert torch.equal(wp.from_pretrained(nets.Net, folder).embed.weight, net.embed.weight)
+
+
+def test_a_packed_model_in_torchs_own_files(tmp_path):
+    net = nets.make()
+    wp.convert(nets.save(tmp_path / "net", net), tmp_path / "packed", to="nf4")
+    from safetensors.torch import load_file
+
+    torch.save(load_file(tmp_path / "packed" / "model.safetensors"), tmp_path / "packed" / "pytorch_model.bin")
+    (tmp_path / "packed" / "model.safetensors").unlink()
+    model = wp.from_pretrained(nets.Net, tmp_path / "packed")
+    assert_packed(model, "blocks.0.up", net.blocks[0].up.weight.detach())
+
+
 def test_auto_sizes_are_those_of_the_packed_weights(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("sizes are shown on a machine where the CPU is the only device")

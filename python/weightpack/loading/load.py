@@ -50,6 +50,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    mmap: bool = False,
     threads: int | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Any:
@@ -75,6 +76,8 @@ def from_pretrained(
 
     Missing weights get first values and a warning, as do weights of another shape if
     `ignore_mismatched_sizes`. With `output_loading_info` gives the model and a `LoadingInfo`.
+    With `mmap`, weights of safetensors files that are loaded as they are stored stay in the mapped files
+    and are read when they are first used: nothing may cut the files short meanwhile.
     `threads` is the number of threads that pack, one per processor by default.
     `on_progress(done_bytes, total_bytes, name)` is called for each weight.
 
@@ -111,7 +114,7 @@ def from_pretrained(
     quantizer = _quantizer(raw, location.folder, quantization_config)
     if quantizer is not None and not low_cpu_mem_usage:
         raise ConfigError("low_cpu_mem_usage=False has no meaning for a model that is packed while it is loaded")
-    weights = StateDict(state_dict) if state_dict is not None else open_weights(location)
+    weights = StateDict(state_dict) if state_dict is not None else open_weights(location, mmap=mmap)
     loading = Loading(host, quantizer, weights, location)
     try:
         loading.read_config(model_class, _without_quantization(raw))

@@ -44,9 +44,12 @@ class Weights:
         """Carries jobs out into tensors; gives the tensors, cut to their final length."""
         raise NotImplementedError
 
-    def tensor(self, name: str) -> Any | None:
-        """The tensor itself where it is in memory already, else `None`."""
+    def array(self, name: str) -> Any | None:
+        """A stored array itself, where it is in memory or mapped, else `None`."""
         return None
+
+    is_lent: bool = False
+    """Whether the model may keep what `array` gives, instead of a copy."""
 
     def close(self) -> None:
         """Lets go of the files."""
@@ -71,6 +74,34 @@ class FileWeights(Weights):
         self.checkpoint.close()
 
 
+class MappedWeights(FileWeights):
+    """Safetensors files that are mapped into memory: what is loaded as it is stored stays in the file, and
+    is read when it is first used. A file that is cut short meanwhile ends the process."""
+
+    is_lent = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if self.is_gguf:
+            raise ConfigError("mmap=True is for safetensors files")
+        safe_open = require("safetensors", "map files").safe_open
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, Any] = {}
+        for described in self.checkpoint.files:
+            file = self._files[described["path"]] = safe_open(described["path"], framework="pt")
+            self._places |= dict.fromkeys(file.keys(), file)
+
+    def array(self, name: str) -> Any | None:
+        """As in the base."""
+        return self._places[name].get_tensor(name)
+
+    def close(self) -> None:
+        """As in the base; arrays that were given stay mapped."""
+        super().close()
+        self._places.clear()
+        self._files.clear()
+
+
 class StateDict(Weights):
     """Tensors that are in memory: torch's own files, or a state dict that a caller gives."""
 
@@ -91,7 +122,7 @@ class StateDict(Weights):
             entries[name] = Entry(name, shape, stored, kind, size, value.numel(), (part,), file)
         self.entries = entries
 
-    def tensor(self, name: str) -> Any | None:
+    def array(self, name: str) -> Any | None:
         """As in the base."""
         return self._tensors[name]
 
@@ -151,13 +182,14 @@ def _names(stem: str, ending: str, variant: str | None, single_first: bool) -> l
     return [*single, *index] if single_first else [*index, *single]
 
 
-def open_weights(location: Location) -> Weights:
+def open_weights(location: Location, *, mmap: bool = False) -> Weights:
     """Opens the weights; headers are read and checked, of torch's own files everything (mapped).
 
-    Raises `CheckpointError` for files that are malformed or hold more than tensors.
+    With `mmap`, safetensors files are mapped. Raises `CheckpointError` for files that are malformed or
+    hold more than tensors.
     """
     if not location.is_pickle:
-        return FileWeights(location.weights)
+        return MappedWeights(location.weights) if mmap else FileWeights(location.weights)
     files = [location.weights]
     if location.weights.name.endswith(".json"):
         index = read_json(location.weights).get("weight_map", {})

@@ -35,6 +35,8 @@ class _Item:
     """Component name to job and array, where the components are read as they are stored."""
     given: list[Any] | None = None
     """The tensors themselves, where they are in memory already."""
+    components: dict[str, Any] | None = None
+    """The components of a packed weight, where they are in memory already."""
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +120,10 @@ class Loader:
         return quantizer is not None and not on_disk and quantizer.check_if_quantized_param(self._model, name)
 
     def _stored_components(self, item: _Item, tensor: Logical) -> _Item:
+        arrays = {name: self._weights.array(entry.parts[number].name) for name, (entry, number) in tensor.parts.items()}
+        if not item.target.rows and all(array is not None for array in arrays.values()):
+            item.components = {name: self._kept(array) for name, array in arrays.items()}
+            return item
         numbers: dict[str, int] = {}
         for component, (entry, number) in tensor.parts.items():
             if entry.name not in numbers:
@@ -130,9 +136,9 @@ class Loader:
     def _packed(self, item: _Item, tensor: Logical, chosen: Any) -> _Item:
         assert tensor.entry is not None
         target = item.target
-        held = self._weights.tensor(tensor.entry.name)
-        if held is not None or chosen.transpose:
-            # In memory already, or to be turned round: the quantizer packs it itself.
+        in_memory = self._weights.array(tensor.entry.parts[0].name) is not None and not self._weights.is_lent
+        if in_memory or chosen.transpose:
+            # The quantizer packs it itself.
             return self._whole(item, target.sources, None)
         job = Job(
             tensor.entry.name,
@@ -148,7 +154,7 @@ class Loader:
         return item
 
     def _whole(self, item: _Item, sources: Sequence[str], dtype: Any) -> _Item:
-        held = [self._weights.tensor(source) for source in sources]
+        held = [self._held(source, item.target) for source in sources]
         if all(value is not None for value in held):
             item.given = held
             return item
@@ -166,6 +172,17 @@ class Loader:
                 job = Job(entry.name, kind, rows=target.rows, shape=target.shape, add=target.add)
             self._add(item, job, entry)
         return item
+
+    def _held(self, source: str, target: Target) -> Any | None:
+        """A plain tensor that is in memory and needs no rows taken out of it."""
+        entry = self._logical[source].entry
+        if entry is None or not entry.is_plain or target.rows or target.add is not None:
+            return None
+        return self._weights.array(entry.parts[0].name)
+
+    def _kept(self, array: Any) -> Any:
+        """An array that the model may keep."""
+        return array if self._weights.is_lent else array.clone()
 
     def _add(self, item: _Item, job: Job, entry: Any) -> None:
         torch = self._torch
@@ -188,11 +205,13 @@ class Loader:
         target = item.target
         device = self._placement.of(target.name)
         is_quantized = self._is_quantized(target.name)
-        if item.parts or item.names:
+        if item.parts or item.names or item.components:
             if not is_quantized:
                 raise CheckpointError(f'"{target.sources[0]}" is packed, and "{target.name}" takes no packed weight')
-            if item.parts:
-                value: Any = {name: item.out[job][number] for name, (job, number) in item.parts.items()}
+            if item.components:
+                value: Any = item.components
+            elif item.parts:
+                value = {name: item.out[job][number] for name, (job, number) in item.parts.items()}
             else:
                 value = dict(zip(item.names, item.out[0], strict=True))
         else:
@@ -207,8 +226,7 @@ class Loader:
         if value.is_floating_point() and wanted is not None and value.dtype != wanted:
             value = value.to(wanted)
         elif item.given is not None:
-            # Memory of its own, not that of a mapped file.
-            value = value.clone()
+            value = self._kept(value)
         self._set_tensor(target.name, value, device)
 
     def _finished(self, target: Target, tensors: list[Any]) -> Any:
