@@ -98,6 +98,22 @@ def test_generation_and_what_the_host_finds(peer, tmp_path):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3"])
+def test_without_a_config(peer, tmp_path, name):
+    transformers, torch = peer("transformers"), peer("torch")
+    folder = language.make_model(tmp_path / "model", name)
+    path = tmp_path / "alone" / "model.gguf"
+    path.parent.mkdir()
+    wp.convert(folder, path, "q8_0")
+    options = {"quantization_config": wp.GGUFQuantizationConfig(), "torch_dtype": "float32"}
+    model = wp.from_pretrained(transformers.AutoModelForCausalLM, path, **options)
+    other = wp.from_pretrained(transformers.AutoModelForCausalLM, path, config=folder, **options)
+    assert type(model) is type(other)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
 def test_the_inner_model(peer, tmp_path):
     transformers = peer("transformers")
     folder = language.make_model(tmp_path / "model", "llama2")

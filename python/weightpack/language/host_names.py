@@ -1,8 +1,8 @@
 """The way back: the tensors of a GGUF file under the names that transformers has for them.
 
 Everything that `names` does to a tensor is undone: the order of query and key rows, and what is
-added to norms. The second is only undone within the rounding of f32. Metadata is not turned back
-into a `config.json`: it does not say all that a config says.
+added to norms. The second is only undone within the rounding of f32. Of metadata, `host_config`
+makes a `config.json` where it says enough.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ LARGEST = 2**31 - 1
 _WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 """Every how many blocks the reader expects one that attends to the whole context."""
 
-_WHOLE_BY_SIZE = {("gemma2", 46), ("gemma3", 62)}
+WHOLE_BY_SIZE = {("gemma2", 46), ("gemma3", 62)}
 """Models whose attention is scaled by the size of a head as it would be without `head_dim`: the reader
 tells them by their number of blocks."""
 
@@ -190,7 +190,7 @@ def _softcaps(config: Mapping[str, Any], family: Family) -> dict[str, float]:
 
 def _check_scale(config: Mapping[str, Any], family: Family, layers: int, head_size: int, even_size: int) -> None:
     scalar = config.get("query_pre_attn_scalar")
-    expected = even_size if (family.name, layers) in _WHOLE_BY_SIZE else head_size
+    expected = even_size if (family.name, layers) in WHOLE_BY_SIZE else head_size
     if family.name in _WINDOW_PATTERN and scalar is not None and scalar != expected:
         raise UnsupportedError(
             f"llama.cpp divides attention by the root of {expected}, and query_pre_attn_scalar is {scalar}"

@@ -39,6 +39,17 @@ class TransformersHost:
             raise ConfigError(f"{model_class.__name__} names no config class")
         return model_class, _own_config(model_class, known)
 
+    def config_from_gguf(self, checkpoint: Any) -> dict[str, Any]:
+        """The config in the metadata of a GGUF file that comes without one.
+
+        Raises `UnsupportedError` for a model that its metadata does not fully describe.
+        """
+        from ...language.host_config import host_config
+
+        rope = "rope_freqs.weight"
+        factors = checkpoint.read(rope).tolist() if rope in checkpoint else None
+        return host_config(checkpoint.metadata, {name: entry.shape for name, entry in checkpoint.items()}, factors)
+
     def build(self, model_class: Any, config: Any, torch_dtype: Any) -> Any:
         """The skeleton, built by `_from_config`. No first values are made, and nothing is tied."""
         initialization = require("transformers.initialization", _PURPOSE)
