@@ -52,6 +52,7 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
         super().__init__(host_config(quantization_config), pre_quantized=pre_quantized)
         self._dtype: Any = None
         self._names: dict[str, list[str]] = {}
+        self._placed: set[str] = set()
 
     @property
     def modules_to_not_convert(self) -> list[str]:
@@ -91,8 +92,14 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
         # as in weightpack's own loader.
         with require("torch", _PURPOSE).device("cpu"):
             self.quantizer.preprocess_model(
-                model, skip=_HOST.protected(model), keep_in_fp32=_HOST.keep_in_fp32(model, self._dtype), packed=packed
+                model,
+                skip=[*_HOST.protected(model), *_on_disk(device_map)],
+                keep_in_fp32=_HOST.keep_in_fp32(model, self._dtype),
+                packed=packed,
             )
+        for path in self.quantizer.quantized:
+            # transformers cannot give packed weights first values: that is done at the end.
+            model.get_submodule(path)._is_hf_initialized = True
         return model
 
     def _sort(self, model: Any, files: Sequence[Any]) -> frozenset[str]:
@@ -140,6 +147,7 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
     def place(self, model: Any, name: str, value: Any, device: Any, missing: Any) -> None:
         """Has parameter `name` set from a tensor or from components; what is there then is not missing."""
         self.quantizer.create_quantized_param(model, name, value, device=device, dtype=self._dtype)
+        self._placed.add(name)
         layer, leaf = owner(model, name)
         prefix = name[: len(name) - len(leaf)]
         if missing is not None:
@@ -153,9 +161,27 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
                 if missing is not None:
                     missing.discard(prefix + own)
 
+    def _make_missing(self, model: Any) -> None:
+        """Gives layers that the checkpoint lacks, wholly or in part, the first values of their class."""
+        torch = require("torch", _PURPOSE)
+        for path in self.quantizer.quantized:
+            layer, name = model.get_submodule(path), f"{path}.weight"
+            bias = getattr(layer, "bias", None)
+            lacks_bias = bias is not None and not getattr(bias, "_is_hf_initialized", False)
+            shape = self.quantizer.weight_shape(model, name)
+            if shape is None or not (lacks_bias or name not in self._placed):
+                continue
+            fresh = torch.nn.Linear(shape[1], shape[0], bias=lacks_bias)
+            model._init_weights(fresh)
+            if name not in self._placed:
+                self.place(model, name, fresh.weight.detach().to(self._dtype), layer.weight.device, None)
+            if lacks_bias:
+                layer.bias.data.copy_(fresh.bias.detach())
+
     # The model.
 
     def _process_model_after_weight_loading(self, model: Any) -> Any:
+        self._make_missing(model)
         self.quantizer.postprocess_model(model)
         # What undoes the model's own conversions on saving: packed weights are saved as they are, which
         # transformers does not know of its own (huggingface/transformers#43096).
@@ -217,6 +243,10 @@ class Unpack(_LOADING.ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: WeightpackQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: Any) -> Unpack:
+        """transformers copies its conversions for every parameter: the quantizer stays one."""
+        return self
+
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -263,6 +293,13 @@ def attach(model: Any, quantizer: Quantizer, torch_dtype: Any) -> None:
     # Not on the config, which transformers writes to JSON as it is.
     model._pre_quantization_dtype = torch_dtype
     _BASE._assign_is_quantized(model)
+
+
+def _on_disk(device_map: Any) -> list[str]:
+    """The modules whose weights stay on disk: these are not packed."""
+    if not isinstance(device_map, Mapping):
+        return []
+    return [path for path, device in device_map.items() if str(device) == "disk"]
 
 
 def _headers(files: Sequence[Any]) -> tuple[list[str], Mapping[str, str]]:
