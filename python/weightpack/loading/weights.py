@@ -137,7 +137,7 @@ class Loader:
         assert tensor.entry is not None
         target = item.target
         in_memory = self._weights.array(tensor.entry.parts[0].name) is not None and not self._weights.is_lent
-        if in_memory or chosen.transpose:
+        if in_memory:
             # The quantizer packs it itself.
             return self._whole(item, target.sources, None)
         job = Job(
@@ -148,6 +148,7 @@ class Loader:
             rows=target.rows,
             shape=target.shape,
             add=target.add,
+            transpose=chosen.transpose,
         )
         self._add(item, job, tensor.entry)
         item.names = [component.suffix for component in layout(job, tensor.entry)]
