@@ -35,6 +35,14 @@ class QuantizationMethod(str, Enum):
         return self.value
 
 
+class _Method(str):
+    """The name of someone else's backend, with a `value` like a `QuantizationMethod`: diffusers reads it."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
     """Base of all configs.
@@ -47,6 +55,14 @@ class QuantizationConfig:
     quant_method: ClassVar[str]
     ALIASES: ClassVar[Mapping[str, str]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        """Lets `quant_method` be given as a plain name."""
+        super().__init_subclass__()
+        name = cls.__dict__.get("quant_method")
+        if type(name) is str:
+            known = name in {method.value for method in QuantizationMethod}
+            cls.quant_method = QuantizationMethod(name) if known else _Method(name)
 
     @property
     def quantizer_name(self) -> str:
