@@ -1,4 +1,4 @@
-"""Quantization configs between diffusers and weightpack: what diffusers asks of one, and what it saves."""
+"""The quantization config that diffusers saves with a model."""
 
 from __future__ import annotations
 
@@ -7,41 +7,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...errors import WeightpackError
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
 from ...skip_list import settle, skipped_by_diffusers
-
-
-class _Method(str):
-    """The name of a method that diffusers has no entry for; diffusers reads `value`."""
-
-    @property
-    def value(self) -> str:
-        """The name itself."""
-        return str(self)
-
-
-class ShownConfig:
-    """A config of weightpack as diffusers looks at one. `config` is the config itself."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.quant_method = _Method(config.quant_method)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["config"], name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and `quant_method`."""
-        fields: dict[str, Any] = self.config.to_dict()
-        return fields
-
-
-def shown(config: Any) -> Any:
-    """`config`, or a view of it where its `quant_method` lacks what diffusers reads."""
-    method = getattr(config, "quant_method", None)
-    return config if method is None or hasattr(method, "value") else ShownConfig(config)
 
 
 def saved_config(config: Any, model: Any, quantizer: Quantizer) -> Any:
@@ -75,11 +43,7 @@ def saved_config(config: Any, model: Any, quantizer: Quantizer) -> Any:
             stacklevel=4,
         )
         return config
-    try:
-        own = AutoQuantizer.as_config(config)
-    except WeightpackError:
-        return config
-    return shown(dataclasses.replace(own, **{field: tuple(entries)}))
+    return dataclasses.replace(AutoQuantizer.as_config(config), **{field: tuple(entries)})
 
 
 def _quanto_skips(entries: Sequence[str], path: str) -> bool:

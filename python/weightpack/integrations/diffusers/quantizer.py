@@ -17,13 +17,16 @@ them. diffusers' own loop over tensors, which compares shapes and casts, only se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ..._lazy import require
+from ...entry import Entry
 from ...errors import BackendError, CheckpointError, ConfigError
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
-from .configs import saved_config, shown
+from .configs import saved_config
+from .gguf_file import blocks_of, decoded, entries_of
 
 _PURPOSE = "pack its models"
 _BASE: Any = require("diffusers.quantizers.base", _PURPOSE).DiffusersQuantizer
@@ -45,7 +48,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
     ) -> None:
         self.quantization_config: Any
         super().__init__(
-            shown(quantization_config), pre_quantized=pre_quantized, modules_to_not_convert=list(modules_to_not_convert)
+            quantization_config, pre_quantized=pre_quantized, modules_to_not_convert=list(modules_to_not_convert)
         )
         self.quantizer = quantizer or AutoQuantizer.from_config(quantization_config, pre_quantized=pre_quantized)
         self._model: Any = None
@@ -53,6 +56,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         self._keys: list[str] = []
         self._groups: dict[str, dict[str, str]] = {}
         self._held: dict[str, Any] = {}
+        self._blocks: dict[str, Entry] = {}
 
     # Before the model is built.
 
@@ -112,9 +116,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
     ) -> None:
         self._model = model
         if state_dict is not None:
-            # `from_single_file` takes every file for a packed one.
-            self._group(list(state_dict))
-            self.quantizer.pre_quantized = bool(self._groups)
+            self._open_single_file(state_dict)
         packed = frozenset(self._groups) if self.quantizer.pre_quantized else None
         self.quantizer.preprocess_model(model, keep_in_fp32=list(keep_in_fp32_modules), packed=packed)
         self.modules_to_not_convert = list(self.quantizer.modules_to_not_convert)
@@ -123,7 +125,23 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         model.register_to_config(quantization_config=self.quantization_config)
         self._expect(model, self._keys if state_dict is None else list(state_dict))
         if state_dict is not None:
+            for name in self._blocks.keys() - self._groups.keys():
+                state_dict[name] = decoded(state_dict[name])
             self._take(state_dict)
+
+    def _open_single_file(self, state_dict: dict[str, Any]) -> None:
+        """`from_single_file` takes every file for a packed one, and tells its content only here."""
+        self._blocks = entries_of(state_dict)
+        if self._blocks and not self.quantizer.pre_quantized:
+            state_dict |= {name: decoded(state_dict[name]) for name in self._blocks}
+            self._blocks = {}
+        elif self._blocks:
+            quantizer: Any = self.quantizer
+            quantizer.entries = self._blocks
+            self._groups = {name: {"": name} for name in self._blocks}
+        else:
+            self._group(list(state_dict))
+            self.quantizer.pre_quantized = bool(self._groups)
 
     def _expect(self, model: Any, keys: list[str]) -> None:
         """Settles which keys are the quantizer's. `keys` is the very list that diffusers compares with the
@@ -133,7 +151,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
             for name in [name for name in self._groups if not self.quantizer.check_if_quantized_param(model, name)]:
                 keys += self._groups.pop(name).values()
         else:
-            names = {f"{path}.weight" for path in self.quantizer.quantized}
+            names = {key for key in keys if self.quantizer.check_if_quantized_param(model, key)}
             self._groups = {name: {"": name} for name in keys if name in names}
             keys[:] = [key for key in keys if key not in names]
 
@@ -172,6 +190,8 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
                 raise CheckpointError(
                     f'"{name}" has shape {list(value.shape)} in the checkpoint, and {list(shape)} in the model'
                 )
+        elif self._blocks:
+            value = {"": blocks_of(components[""])}
         elif str(device) == "cpu":
             # Memory of its own, not that of a mapped file.
             value = {component: array.clone() for component, array in components.items()}
@@ -211,7 +231,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
             shape = self.quantizer.weight_shape(self._model, f"{path}.weight")
             if size is not None and shape is not None:
                 packed += size
-                weights += shape[0] * shape[1]
+                weights += prod(shape)
         return 8 * packed / weights if weights else None
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:

@@ -8,8 +8,6 @@ from ..._lazy import require
 from ...quantizers.auto import config_class, quantizer_names
 
 _PURPOSE = "register with it"
-_UNTOUCHED = frozenset({"gguf"})
-"""diffusers reads GGUF files by `from_single_file`, in its own way."""
 _OWN_CONFIG = frozenset({"quanto", "torchao", "modelopt"})
 """Methods whose section of a `config.json` is read by weightpack: diffusers reads a list that
 transformers wrote as its own default, or cannot make its config at all."""
@@ -25,6 +23,7 @@ def register() -> None:
     From now on every quantization config that diffusers knows for bitsandbytes, quanto, torchao and
     ModelOpt, diffusers' own object or weightpack's, leads to weightpack's quantizer: for one model, and
     for the models of a pipeline. The same bytes come out, in the same classes; no GPU is needed to pack.
+    A GGUF file that `from_single_file` reads stays with diffusers, unless the config is weightpack's.
     Backends added by `weightpack.register_quantizer` are known to diffusers too. Calling it again only
     adds what is new. Raises `BackendError` where diffusers is not installed.
     """
@@ -34,12 +33,13 @@ def register() -> None:
     for name in quantizer_names():
         own = config_class(name)
         theirs = configs.get(name)
-        if name in _UNTOUCHED:
-            _put("configs", configs, f"weightpack {name}", own)
-            continue
-        _put("quantizers", quantizers, name, WeightpackQuantizer)
         if theirs is own:
             continue
+        chosen: Any = WeightpackQuantizer
+        if name == "gguf":
+            before = _before.get("quantizers", {}).get(name, quantizers[name])
+            chosen = _by_config(own, WeightpackQuantizer, before)
+        _put("quantizers", quantizers, name, chosen)
         if theirs is None or name in _OWN_CONFIG:
             _put("configs", configs, name, own)
             if theirs is not None:
@@ -47,6 +47,15 @@ def register() -> None:
                 _put("configs", configs, f"diffusers {name}", theirs)
         else:
             _put("configs", configs, f"weightpack {name}", own)
+
+
+def _by_config(own: type, ours: Any, theirs: Any) -> Any:
+    """Calls `ours` with a config of class `own`, and `theirs` with any other."""
+
+    def choose(quantization_config: Any, **options: Any) -> Any:
+        return (ours if isinstance(quantization_config, own) else theirs)(quantization_config, **options)
+
+    return choose
 
 
 def unregister() -> None:
