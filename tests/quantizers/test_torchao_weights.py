@@ -7,6 +7,7 @@ import json
 import pytest
 
 from weightpack.errors import CheckpointError, FormatError
+from weightpack.quantizers import torchao_slabs as slabs
 from weightpack.quantizers import torchao_weights as weights
 
 KINDS = {
@@ -82,7 +83,7 @@ def test_a_packed_weight_is_torchaos_own_and_decodes(kinds, name):
     module, own = layer(), layer()
     full = module.weight.detach().clone()
     kinds.quantize_(own, kinds(name))
-    weights.pack(module, "weight", kinds(name), name="a.weight")
+    slabs.pack(module, "weight", kinds(name), name="a.weight")
     same(module.weight, own.weight)
     for dtype in (None, torch.float32):
         decoded = weights.decode(module.weight.detach(), dtype)
@@ -98,7 +99,7 @@ def test_the_size_is_known_before_and_is_that_of_the_file(kinds, peer, name):
     import torch
 
     module = layer()
-    weights.pack(module, "weight", kinds(name), name="a.weight")
+    slabs.pack(module, "weight", kinds(name), name="a.weight")
     planned = weights.packed_size(weights.trial(kinds(name), (64, 128), torch.bfloat16, "meta"))
     stored, _ = support.flatten_tensor_state_dict({"a.weight": module.weight})
     assert planned == weights.packed_size(module.weight)
@@ -120,7 +121,7 @@ def test_zeros_stay_zeros(kinds, name, place):
     own = layer()
     own.weight = torch.nn.Parameter(full.clone())
     kinds.quantize_(own, kinds(name))
-    weights.pack(module, "weight", kinds(name), name="a.weight")
+    slabs.pack(module, "weight", kinds(name), name="a.weight")
     decoded = weights.decode(module.weight.detach(), torch.float32)
     assert torch.isfinite(decoded).all()
     assert not decoded[full == 0].any()
@@ -154,13 +155,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(kinds, name, value):
     with torch.no_grad():
         module.weight[1, 2] = value
     with pytest.raises(FormatError, match=rf'{value} at index 130 .*tensor "blocks.0.weight", shape \[64, 128\]'):
-        weights.pack(module, "weight", kinds(name), name="blocks.0.weight")
+        slabs.pack(module, "weight", kinds(name), name="blocks.0.weight")
 
 
 def test_a_layer_that_torchao_would_leave_in_silence_is_an_error(kinds):
     module = layer(64, 96)
     with pytest.raises(FormatError, match="Int4WeightOnlyConfig leaves this weight as it is") as raised:
-        weights.pack(module, "weight", kinds.Int4WeightOnlyConfig(group_size=64), name="a.weight")
+        slabs.pack(module, "weight", kinds.Int4WeightOnlyConfig(group_size=64), name="a.weight")
     assert "modules_to_not_convert" in raised.value.hint
 
 
@@ -170,7 +171,7 @@ def test_a_weight_is_rebuilt_from_the_arrays_of_a_file(kinds, peer, name):
 
     support = peer("torchao.prototype.safetensors.safetensors_support")
     module = layer()
-    weights.pack(module, "weight", kinds(name), name="a.weight")
+    slabs.pack(module, "weight", kinds(name), name="a.weight")
     stored, metadata = support.flatten_tensor_state_dict({"m.a.weight": module.weight, "m.a.bias": module.bias.data})
     found = weights.FileWeights(metadata)
     assert found
@@ -197,7 +198,7 @@ def test_a_rebuilt_weight_computes_in_the_type_of_the_model(kinds, peer, name):
 
     support = peer("torchao.prototype.safetensors.safetensors_support")
     module = layer()
-    weights.pack(module, "weight", kinds(name), name="a.weight")
+    slabs.pack(module, "weight", kinds(name), name="a.weight")
     stored, metadata = support.flatten_tensor_state_dict({"a.weight": module.weight})
     parts = {key.removeprefix("a._weight_"): array for key, array in stored.items()}
     rebuilt = weights.FileWeights(metadata).rebuild("a.weight", parts, dtype=torch.float32)
@@ -211,7 +212,7 @@ def test_a_rebuilt_weight_computes_in_the_type_of_the_model(kinds, peer, name):
 def test_descriptions_that_are_wrong_are_errors(kinds, peer):
     support = peer("torchao.prototype.safetensors.safetensors_support")
     module = layer()
-    weights.pack(module, "weight", kinds("int8"), name="a.weight")
+    slabs.pack(module, "weight", kinds("int8"), name="a.weight")
     stored, metadata = support.flatten_tensor_state_dict({"a.weight": module.weight})
     parts = {key.removeprefix("a._weight_"): array for key, array in stored.items()}
     described = json.loads(metadata["a.weight"])

@@ -26,7 +26,8 @@ from . import torchao_forms as forms
 from .base import Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of
 from .modules import owner, set_parameter
-from .torchao_weights import FileWeights, decode, is_packed, is_saved_class, pack
+from .torchao_slabs import pack
+from .torchao_weights import FileWeights, decode, is_packed, is_saved_class
 
 _PURPOSE = "pack weights for torchao"
 
@@ -302,7 +303,7 @@ class TorchAoQuantizer(Quantizer):
             plain = torch.nn.Parameter(decode(module._parameters[leaf].detach(), dtype), requires_grad=False)
             for module, leaf in shared:
                 module._parameters[leaf] = plain
-                # torchao gave the layer a description of its packed weight.
+                # Where a host packed it, torchao described the layer by its packed weight.
                 module.__dict__.pop("extra_repr", None)
         self.quantized.clear()
         self._loose.clear()

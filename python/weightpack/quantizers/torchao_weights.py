@@ -23,39 +23,14 @@ _PURPOSE = "pack weights for torchao"
 _ROWS = 1024
 
 
-def pack(module: Any, leaf: str, config: Any, *, name: str) -> None:
-    """Packs parameter `leaf` of a module in place, by `config`; `name` is the parameter's full name.
-
-    Raises `FormatError` for a weight that is not finite, or that torchao leaves as it is.
-    """
+def check_finite(weight: Any, name: str) -> bool:
+    """Raises `FormatError` for a weight that holds a NaN or an infinity; gives whether all of it is zero."""
     torch = require("torch", _PURPOSE)
-    weight = getattr(module, leaf)
-    _check_finite(torch, weight, name)
-    zero = bool(type(config).__name__.startswith("NVFP4") and not weight.detach().any())
-    _quantize(module, leaf, config)
-    packed = getattr(module, leaf)
-    if not is_packed(packed):
-        raise FormatError(
-            f'{type(config).__name__} leaves this weight as it is (tensor "{name}", shape {list(weight.shape)})',
-            hint="list its module in modules_to_not_convert",
-        )
-    _settle_zeros(torch, packed, zero)
-
-
-def _quantize(module: Any, leaf: str, config: Any) -> None:
-    quantization = require("torchao.quantization", _PURPOSE)
-    if leaf == "weight":
-        quantization.quantize_(module, config, filter_fn=lambda one, path: one is module)
-    else:
-        quantization.quantize_(module, quantization.FqnToConfig({leaf: config}), filter_fn=None)
-
-
-def _check_finite(torch: Any, weight: Any, name: str) -> None:
     if weight.numel() == 0:
-        return
+        return True
     low, high = torch.aminmax(weight.detach())
     if torch.isfinite(low) and torch.isfinite(high):
-        return
+        return bool(low == 0 and high == 0)
     flat = weight.detach().flatten()
     index = int(torch.nonzero(~torch.isfinite(flat))[0])
     raise FormatError(
@@ -64,8 +39,34 @@ def _check_finite(torch: Any, weight: Any, name: str) -> None:
     )
 
 
-def _settle_zeros(torch: Any, weight: Any, zero: bool) -> None:
-    """Puts zeros where torchao stored NaN for a block of zeros."""
+def pack_whole(module: Any, leaf: str, config: Any, *, name: str, is_zero: bool) -> None:
+    """Packs parameter `leaf` of a module in place, by `config`; `name` is the parameter's full name, and
+    `is_zero` says whether it holds nothing but zeros. Raises `FormatError` for a weight that torchao leaves
+    as it is."""
+    shape = list(getattr(module, leaf).shape)
+    quantize(module, leaf, config)
+    # torchao's description of the layer makes a circle of references, which would keep it in memory.
+    module.__dict__.pop("extra_repr", None)
+    packed = getattr(module, leaf)
+    if not is_packed(packed):
+        raise FormatError(
+            f'{type(config).__name__} leaves this weight as it is (tensor "{name}", shape {shape})',
+            hint="list its module in modules_to_not_convert",
+        )
+    settle_zeros(require("torch", _PURPOSE), packed, is_zero=is_zero)
+
+
+def quantize(module: Any, leaf: str, config: Any) -> None:
+    """torchao's own packing of one parameter, in place."""
+    quantization = require("torchao.quantization", _PURPOSE)
+    if leaf == "weight":
+        quantization.quantize_(module, config, filter_fn=lambda one, path: one is module)
+    else:
+        quantization.quantize_(module, quantization.FqnToConfig({leaf: config}), filter_fn=None)
+
+
+def settle_zeros(torch: Any, weight: Any, *, is_zero: bool = False) -> None:
+    """Puts zeros where torchao stored NaN for a block of zeros, or for a weight that `is_zero`."""
     kind = type(weight).__name__
     if kind == "Float8Tensor":
         empty = weight.scale == 0
@@ -75,7 +76,7 @@ def _settle_zeros(torch: Any, weight: Any, zero: bool) -> None:
                 mask = mask.repeat_interleave(length // mask.shape[axis], dim=axis)
             weight.qdata.view(torch.uint8).masked_fill_(mask, 0)
             weight.scale.masked_fill_(empty, torch.finfo(torch.float32).smallest_normal)
-    elif kind == "NVFP4Tensor" and zero and weight.per_tensor_scale is not None:
+    elif kind == "NVFP4Tensor" and is_zero and weight.per_tensor_scale is not None:
         one = torch.ones_like(weight.per_tensor_scale)
         like = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         settled = type(weight).to_nvfp4(like, per_tensor_scale=one, is_swizzled_scales=weight.is_swizzled_scales)
@@ -119,9 +120,13 @@ def decode(weight: Any, dtype: Any = None) -> Any:
 
 def packed_size(weight: Any) -> int:
     """Bytes of all arrays of a packed tensor."""
+    return sum(array.numel() * array.element_size() for array in arrays_of(weight).values())
+
+
+def arrays_of(weight: Any) -> dict[str, Any]:
+    """The arrays of a packed tensor by the names that files give them."""
     names = [*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ())]
-    arrays = [getattr(weight, name) for name in names]
-    return sum(array.numel() * array.element_size() for array in arrays if array is not None)
+    return {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
 
 
 def trial(config: Any, shape: tuple[int, ...], dtype: Any, device: Any, *, embedding: bool = False) -> Any:
@@ -134,7 +139,7 @@ def trial(config: Any, shape: tuple[int, ...], dtype: Any, device: Any, *, embed
     module = torch.nn.Embedding(1, 1, device="meta") if embedding else torch.nn.Linear(1, 1, device="meta")
     module.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
     try:
-        _quantize(module, "weight", config)
+        quantize(module, "weight", config)
         if embedding:
             module(torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as error:  # Libraries below torchao refuse in many ways; the caller tells which.
