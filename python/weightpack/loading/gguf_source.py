@@ -96,14 +96,32 @@ def host_named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[
         found = host_target.prepare(checkpoint, list(checkpoint.values()), "host")
         return HostNamed(checkpoint, list(found.mapped.values()))
     except UnsupportedError:
-        ask = getattr(host, "gguf_names", None)
-        tensors = ask(model, checkpoint) if ask is not None else None
+        tensors = _by_host(checkpoint, host, model)
         if tensors is None and share > 0.5:
             # What has no place, and what is missing, is told by the loader.
             tensors = _as_stored(checkpoint, prefix)
         if tensors is None:
             raise
         return HostNamed(checkpoint, tensors)
+
+
+def _by_host(checkpoint: Checkpoint, host: Any, model: Any) -> list[MappedTensor] | None:
+    """What the host makes of the names, where its adapter has `gguf_names`."""
+    ask = getattr(host, "gguf_names", None)
+    if ask is None:
+        return None
+    flattened = {tensor.sources[0].name: tensor.shape for tensor in _as_stored(checkpoint, "") if tensor.shape}
+    found = ask(model, {name: flattened.get(name, entry.shape) for name, entry in checkpoint.items()})
+    for number, tensor in enumerate(found or ()):
+        shape = flattened.get(tensor.sources[0].name)
+        if shape is None:
+            continue
+        if not (len(tensor.sources) == 1 and tensor.sources[0].is_whole):
+            raise UnsupportedError(
+                f'"{tensor.name}" is made of some rows of "{tensor.sources[0].name}", which the file keeps flattened'
+            )
+        found[number] = replace(tensor, shape=tensor.shape or shape)
+    return found  # type: ignore[no-any-return]
 
 
 def _own_prefix(checkpoint: Checkpoint, names: Collection[str]) -> tuple[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from ..._lazy import require
 from ...errors import ConfigError
 from ...loading.host import KeyPlan, Target
+from ...mapping import MappedTensor
 
 _PURPOSE = "load its model classes"
 
@@ -73,6 +74,12 @@ class DiffusersHost:
         }
         targets = [Target(name, (stored,)) for name, stored in renamed.items() if stored not in ignored]
         return KeyPlan(targets, frozenset(ignored))
+
+    def gguf_names(self, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor] | None:
+        """By diffusers' own functions for single files."""
+        from .gguf_names import gguf_names
+
+        return gguf_names(model, shapes)
 
     def protected(self, model: Any) -> Iterable[str]:
         """Nothing: diffusers packs every linear layer."""
