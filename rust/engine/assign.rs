@@ -137,14 +137,11 @@ pub fn action(
     })
 }
 
-/// Whether rounding the weights of `source` to `dtype` changes none: they are stored as such, or as
-/// a type that it holds.
+/// Whether rounding the weights of `source` to `dtype` changes none: they are stored as such, or
+/// decoding gives no more than `f32` holds.
 pub fn is_exact(source: Packed<'_>, dtype: Dtype) -> bool {
     match source.layout.components.as_slice() {
-        [array] => {
-            array.dtype == dtype
-                || dtype == Dtype::F32 && matches!(array.dtype, Dtype::F16 | Dtype::BF16)
-        }
+        [array] => array.dtype == dtype || dtype == Dtype::F32 && array.dtype != Dtype::F64,
         _ => false,
     }
 }

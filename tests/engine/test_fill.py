@@ -180,6 +180,9 @@ def test_packed_tensors(make_model: Callable[..., Path], tmp_path: Path, to: str
         jobs = [Job(name, kind, options) for name in weights]
         for found, array in zip(filled(packed, jobs), weights.values(), strict=True):
             same(found, wp.quantize(array, format, **options))
+    if to == "q4_k":
+        (found,) = filled(packed, [Job("layers.0.up_proj.weight", format, through="float32")])
+        same(found, wp.quantize(weights["layers.0.up_proj.weight"], format))
     (decoded,) = filled(packed, [Job("layers.0.up_proj.weight", "f32")])
     same(decoded, {"": packed.read("layers.0.up_proj.weight", "float32")})
     (again,) = filled(packed, [Job("layers.0.up_proj.weight", "gguf:q8_0", through="bfloat16")])
