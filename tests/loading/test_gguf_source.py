@@ -271,6 +271,26 @@ def test_peak_memory_is_that_of_the_blocks(tmp_path):
             assert value.untyped_storage().nbytes() == value.nbytes
 
 
+def test_weights_stay_in_the_mapped_file(tmp_path):
+    net = make()
+    path = packed_file(tmp_path / "net.gguf", net)
+    before = path.read_bytes()
+    model = Net.from_pretrained(path, quantization_config=GGUF, mmap=True)
+    other = Net.from_pretrained(path, quantization_config=GGUF)
+    for name, value in other.state_dict().items():
+        mapped = model.state_dict()[name]
+        assert mapped.untyped_storage().nbytes() == len(before), name
+        assert torch.equal(mapped, value)
+        assert type(mapped) is type(value)
+        assert (mapped.shape, mapped.dtype) == (value.shape, value.dtype)
+    with torch.no_grad():
+        assert torch.equal(model(nets.TOKENS), other(nets.TOKENS))
+        # What is written to the model does not reach the file.
+        model.scale.fill_(3)
+        model.embed.weight.zero_()
+    assert path.read_bytes() == before
+
+
 # Rows, as the engine is asked for them.
 
 

@@ -15,15 +15,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from .. import host_target
+from .._lazy import require
 from ..assembly import joined
 from ..checkpoint import Checkpoint
 from ..entry import FLOATS, Entry, Part
 from ..errors import UnsupportedError
+from ..gguf.reading import open as open_gguf
 from ..keymaps import PREFIXES
 from ..mapping import MappedTensor, Rows
+from ..quantizers.dtypes import of_stored
 from ..streaming import Job, fill
 from ..targets import COPY
 from .source import Weights
@@ -33,11 +37,15 @@ class HostNamed(Weights):
     """The tensors of a GGUF file under other names.
 
     `tensors` says what each is made of. A packed tensor whose values are not changed is packed here,
-    too: its array is one of rows of blocks, and `shape` that of the weights.
+    too: its array is one of rows of blocks, and `shape` that of the weights. With `mmap`, what is
+    stored in one piece and unchanged stays in the mapped file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Sequence[MappedTensor]) -> None:
+    def __init__(self, checkpoint: Checkpoint, tensors: Sequence[MappedTensor], *, mmap: bool = False) -> None:
         self._checkpoint = checkpoint
+        self.is_lent = mmap
+        self._file = open_gguf(checkpoint.models[0].weights) if mmap else None
+        self._maps: dict[str, Any] = {}
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.entries = {name: _entry(tensor, checkpoint) for name, tensor in self._tensors.items()}
         self.metadata = {}
@@ -46,9 +54,28 @@ class HostNamed(Weights):
         """As in the base."""
         return fill(self._checkpoint, [self._job(job) for job in jobs], out, threads=threads)
 
-    def close(self) -> None:
+    def array(self, name: str) -> Any | None:
         """As in the base."""
+        tensor, entry = self._tensors[name], self.entries[name]
+        source = tensor.sources[0].name
+        is_whole = len(tensor.sources) == 1 and tensor.sources[0].is_whole and tensor.add is None
+        if self._file is None or not is_whole or (entry.is_plain and entry.dtype not in FLOATS):
+            return None
+        # Refuses what cannot be taken as it lies.
+        rows = self._file.raw(source).shape
+        stored = self._file.tensors[source]
+        if stored.path not in self._maps:
+            torch, size = require("torch", "load models"), Path(stored.path).stat().st_size
+            self._maps[stored.path] = torch.from_file(stored.path, shared=False, size=size, dtype=torch.uint8)
+        data = self._maps[stored.path][stored.offset : stored.offset + stored.nbytes]
+        return data.view(of_stored(entry.dtype)).reshape(entry.shape) if entry.is_plain else data.reshape(rows)
+
+    def close(self) -> None:
+        """As in the base; arrays that were given stay mapped."""
         self._checkpoint.close()
+        if self._file is not None:
+            self._file.close()
+        self._maps.clear()
 
     def _job(self, job: Job) -> Job:
         """The same job in terms of the file."""
@@ -83,18 +110,23 @@ class HostNamed(Weights):
         return MappedTensor(job.name, tuple(sources))
 
 
-def host_named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str]) -> HostNamed:
+def host_named(
+    checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str], *, mmap: bool = False
+) -> HostNamed:
     """The tensors of `checkpoint`, a GGUF file, as `model` of `host` calls them; `names` are those of its
     parameters and buffers.
 
     Raises `UnsupportedError` where nothing knows the names of the file.
     """
+    return HostNamed(checkpoint, _named(checkpoint, host, model, names), mmap=mmap)
+
+
+def _named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str]) -> list[MappedTensor]:
     prefix, share = _own_prefix(checkpoint, names)
     if share == 1:
-        return HostNamed(checkpoint, _as_stored(checkpoint, prefix))
+        return _as_stored(checkpoint, prefix)
     try:
-        found = host_target.prepare(checkpoint, list(checkpoint.values()), "host")
-        return HostNamed(checkpoint, list(found.mapped.values()))
+        return list(host_target.prepare(checkpoint, list(checkpoint.values()), "host").mapped.values())
     except UnsupportedError:
         tensors = _by_host(checkpoint, host, model)
         if tensors is None and share > 0.5:
@@ -102,7 +134,7 @@ def host_named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[
             tensors = _as_stored(checkpoint, prefix)
         if tensors is None:
             raise
-        return HostNamed(checkpoint, tensors)
+        return tensors
 
 
 def _by_host(checkpoint: Checkpoint, host: Any, model: Any) -> list[MappedTensor] | None:

@@ -76,7 +76,7 @@ def from_pretrained(
 
     Missing weights get first values and a warning, as do weights of another shape if
     `ignore_mismatched_sizes`. With `output_loading_info` gives the model and a `LoadingInfo`.
-    With `mmap`, weights of safetensors files that are loaded as they are stored stay in the mapped files
+    With `mmap`, weights that are loaded as they are stored stay in the mapped files, safetensors or GGUF,
     and are read when they are first used: nothing may cut the files short meanwhile.
     `threads` is the number of threads that pack, one per processor by default.
     `on_progress(done_bytes, total_bytes, name)` is called for each weight.

@@ -75,18 +75,19 @@ class FileWeights(Weights):
 
 
 class MappedWeights(FileWeights):
-    """Safetensors files that are mapped into memory: what is loaded as it is stored stays in the file, and
-    is read when it is first used. A file that is cut short meanwhile ends the process."""
+    """Files that are mapped into memory: what is loaded as it is stored stays in the file, and is read when
+    it is first used. A file that is cut short meanwhile ends the process. GGUF files are mapped under the
+    names of the model, by `gguf_source`."""
 
     is_lent = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if self.is_gguf:
-            raise ConfigError("mmap=True is for safetensors files")
-        safe_open = require("safetensors", "map files").safe_open
         self._files: dict[str, Any] = {}
         self._places: dict[str, Any] = {}
+        if self.is_gguf:
+            return
+        safe_open = require("safetensors", "map files").safe_open
         for described in self.checkpoint.files:
             file = self._files[described["path"]] = safe_open(described["path"], framework="pt")
             self._places |= dict.fromkeys(file.keys(), file)
@@ -185,7 +186,7 @@ def _names(stem: str, ending: str, variant: str | None, single_first: bool) -> l
 def open_weights(location: Location, *, mmap: bool = False) -> Weights:
     """Opens the weights; headers are read and checked, of torch's own files everything (mapped).
 
-    With `mmap`, safetensors files are mapped. Raises `CheckpointError` for files that are malformed or
+    With `mmap`, safetensors and GGUF files are mapped. Raises `CheckpointError` for files that are malformed or
     hold more than tensors.
     """
     if not location.is_pickle:

@@ -81,7 +81,7 @@ class Loading:
         """Which stored tensor goes where, in which type, and what does not fit."""
         quantizer = self._quantizer
         if self._gguf is not None:
-            self._weights = host_named(self._gguf, self._host, self.model, self._state)
+            self._weights = host_named(self._gguf, self._host, self.model, self._state, mmap=self._weights.is_lent)
         if quantizer is not None:
             quantizer.file_metadata = self._weights.metadata
         self._logical = keys.group(self._weights, quantizer)
