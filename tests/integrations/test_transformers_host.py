@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,60 @@ MODELS = {
     "qwen2_moe": ("Qwen2MoeForCausalLM", "qwen2_moe", QWEN),
     "vit": ("ViTForImageClassification", "vit", VISION),
     "clip": ("CLIPModel", "clip", {"text_config": SMALL, "vision_config": VISION}),
+}
+OPT = {
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 64,
+}
+FURTHER = {
+    "gpt_oss": ("GptOssForCausalLM", "gpt_oss", {**SMALL, "num_local_experts": 4, "head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", "phi3", {**SMALL, "pad_token_id": 0}),
+    "bloom": ("BloomForCausalLM", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}),
+    "mamba": (
+        "MambaForCausalLM",
+        "mamba",
+        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 8},
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        "wav2vec2",
+        {
+            **{key: value for key, value in SMALL.items() if key != "num_key_value_heads"},
+            "conv_dim": (16, 16),
+            "conv_kernel": (3, 3),
+            "conv_stride": (2, 2),
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    ),
+    "swin": (
+        "SwinModel",
+        "swin",
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "resnet": ("ResNetModel", "resnet", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "llava",
+        {
+            "text_config": {**SMALL, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+        },
+    ),
+    "blip2": (
+        "Blip2ForConditionalGeneration",
+        "blip-2",
+        {
+            "vision_config": VISION,
+            "qformer_config": {**SMALL, "encoder_hidden_size": 64},
+            "text_config": {**OPT, "model_type": "opt"},
+        },
+    ),
 }
 
 
@@ -200,7 +255,7 @@ def test_missing_parameters_get_the_first_values_of_their_class(peer):
 def save(peer, folder: Path, name: str, dtype: str = "bfloat16", **options: object):
     """A random model, saved by transformers; gives its class."""
     torch, transformers = peer("torch"), peer("transformers")
-    class_name, model_type, config = MODELS[name]
+    class_name, model_type, config = {**MODELS, **FURTHER}[name]
     torch.manual_seed(3)
     cls = getattr(transformers, class_name)
     model = cls(transformers.AutoConfig.for_model(model_type, **config)).to(getattr(torch, dtype))
@@ -246,6 +301,29 @@ def test_a_model_is_loaded_as_transformers_loads_it(peer, tmp_path, name, dtype)
     assert mine == other
     if hasattr(theirs, "generation_config"):
         assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_models_of_other_kinds_load_alike_too(peer, tmp_path, name):
+    """Fused and merged weights, normalised weights, convolutions, running statistics, models in models."""
+    torch, transformers = peer("torch"), peer("transformers")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", name)
+    for dtype in (torch.bfloat16, torch.float16):
+        ours, theirs = (
+            wp.from_pretrained(cls, tmp_path / "m", torch_dtype=dtype),
+            cls.from_pretrained(tmp_path / "m", dtype=dtype),
+        )
+        assert_same(peer, ours, theirs)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    mine, other = (
+        load(quantization_config=config).state_dict()
+        for load in (partial(wp.from_pretrained, cls, tmp_path / "m"), partial(cls.from_pretrained, tmp_path / "m"))
+    )
+    assert set(mine) == set(other)
+    for key, value in other.items():
+        assert mine[key].dtype == value.dtype, key
+        assert torch.equal(mine[key], value), key
 
 
 @pytest.mark.parametrize("name", ["llama tied", "mixtral", "t5", "clip"])
@@ -315,6 +393,51 @@ def test_tied_tensors_that_are_both_missing_are_made_anew_as_one(peer, tmp_path)
         ours = wp.from_pretrained(cls, tmp_path / "m")
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert 0.01 < ours.lm_head.weight.float().std() < 0.03
+
+
+def test_a_config_object_may_be_given(peer, tmp_path):
+    transformers = peer("transformers")
+    cls = save(peer, tmp_path / "m", "llama tied")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    config.rms_norm_eps = 0.25
+    ours = wp.from_pretrained(cls, tmp_path / "m", config=config)
+    assert ours.config.rms_norm_eps == 0.25
+    assert ours.config is not config
+    assert_same(peer, ours, cls.from_pretrained(tmp_path / "m", config=config))
+
+
+def test_a_persons_own_class_with_a_config_of_its_own(peer, tmp_path):
+    torch, transformers = peer("torch"), peer("transformers")
+    peer("bitsandbytes")
+
+    class NetConfig(transformers.PreTrainedConfig):
+        model_type = "weightpack_test_net"
+        width: int = 64
+
+    class Net(transformers.PreTrainedModel):
+        config_class = NetConfig
+        base_model_prefix = "net"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.proj = torch.nn.Linear(config.width, config.width)
+            self.out = torch.nn.Linear(config.width, 8)
+            self.register_buffer("steps", torch.arange(3.0), persistent=False)
+            self.post_init()
+
+    torch.manual_seed(3)
+    model = Net(NetConfig(width=128)).bfloat16()
+    model.save_pretrained(tmp_path)
+    ours = wp.from_pretrained(Net, tmp_path)
+    assert ours.proj.in_features == 128
+    assert torch.equal(ours.steps, torch.arange(3.0))
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in model.state_dict().items())
+    packed = wp.from_pretrained(Net, tmp_path, quantization_config=wp.BitsAndBytesConfig(load_in_8bit=True))
+    theirs = Net.from_pretrained(tmp_path, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True))
+    mine, other = packed.state_dict(), theirs.state_dict()
+    assert mine["proj.weight"].dtype == torch.int8
+    assert set(mine) == set(other)
+    assert all(torch.equal(mine[name], value) for name, value in other.items())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -196,15 +196,49 @@ def test_what_transformers_saved_loads_through_weightpack(peer, tmp_path):
         wp.integrations.transformers.unregister()
 
 
-def test_torchao_weights_are_saved_and_read(peer, tmp_path, registered):
-    peer("torchao")
+OTHERS = {
+    "quanto int8": ("quanto", "int8"),
+    "quanto float8": ("quanto", "float8"),
+    "torchao int8": ("torchao", "Int8WeightOnlyConfig"),
+    "torchao float8": ("torchao", "Float8WeightOnlyConfig"),
+    "modelopt FP8": ("modelopt", "FP8"),
+    "modelopt NVFP4": ("modelopt", "NVFP4"),
+}
+
+
+@pytest.mark.parametrize(("backend", "kind"), OTHERS.values(), ids=OTHERS)
+def test_weights_of_every_backend_are_saved_and_read(peer, tmp_path, backend, kind):
+    """By transformers' own `save_pretrained`: also those of quanto, which it refuses to save by itself."""
+    peer({"quanto": "optimum.quanto"}.get(backend, backend))
     cls = save(peer, tmp_path / "m", "llama")
-    config = host_config(peer, "torchao", {"quant_type": "Int8WeightOnlyConfig"})
-    ours = cls.from_pretrained(tmp_path / "m", quantization_config=config)
-    ours.save_pretrained(tmp_path / "packed")
-    assert_same(peer, cls.from_pretrained(tmp_path / "packed"), ours)
-    wp.integrations.transformers.unregister()
-    assert_same(peer, cls.from_pretrained(tmp_path / "packed"), ours)
+    config = {"quanto": wp.QuantoConfig, "modelopt": wp.NVIDIAModelOptConfig}.get(backend, lambda name: name)(kind)
+    if backend == "torchao":
+        config = wp.TorchAoConfig(getattr(peer("torchao.quantization"), kind)())
+    alone = wp.from_pretrained(cls, tmp_path / "m", quantization_config=config)
+    wp.integrations.transformers.register()
+    try:
+        ours = cls.from_pretrained(tmp_path / "m", quantization_config=config)
+        ours.save_pretrained(tmp_path / "packed", max_shard_size="40KB")
+        again = cls.from_pretrained(tmp_path / "packed")
+    finally:
+        wp.integrations.transformers.unregister()
+    alone.save_pretrained(tmp_path / "alone")
+    assert again.hf_quantizer.pre_quantized
+    for model in (again, ours, *(wp.from_pretrained(cls, tmp_path / folder) for folder in ("packed", "alone"))):
+        assert_same(peer, model, alone)
+    if backend == "torchao":
+        assert_same(peer, cls.from_pretrained(tmp_path / "packed"), alone)
+
+
+def test_a_config_that_transformers_cannot_say_is_kept(peer, tmp_path):
+    transformers = peer("transformers")
+    peer("optimum.quanto")
+    cls = save(peer, tmp_path / "m", "llama")
+    mixed = wp.QuantoConfig("int8", quantization_map={"model.layers.0.mlp.up_proj": "int4"})
+    for config, kind in ((mixed, wp.QuantoConfig), (wp.QuantoConfig("int8"), transformers.QuantoConfig)):
+        model = wp.from_pretrained(cls, tmp_path / "m", quantization_config=config)
+        assert type(model.config.quantization_config) is kind
+    assert wp.from_pretrained(cls, tmp_path / "m", quantization_config=mixed).config.quantization_config == mixed
 
 
 def test_modelopt_is_known_to_transformers_then(peer, tmp_path, registered):

@@ -223,10 +223,12 @@ def _unpickle(file: Path) -> dict[str, Any]:
 
 
 def config_of(location: Location, given: Any) -> dict[str, Any]:
-    """The parsed config: the caller's (a dictionary, a file or a folder), else `config.json` beside the
-    weights; empty where there is none."""
+    """The parsed config: the caller's (a dictionary, a host's config object, a file or a folder), else
+    `config.json` beside the weights; empty where there is none."""
     if isinstance(given, Mapping):
         return dict(given)
+    if callable(getattr(given, "to_dict", None)):
+        return dict(given.to_dict())
     if given is not None:
         path = Path(given)
         if path.is_dir():

@@ -275,10 +275,11 @@ class Unpack(_LOADING.ConversionOps):  # type: ignore[misc]
 
 
 def host_config(config: Any) -> Any:
-    """transformers' own config object for one of weightpack's; anything else as it is."""
+    """transformers' own config object for one of weightpack's, where it can say the same; anything else as it is."""
     if not isinstance(config, QuantizationConfig) or config.quant_method not in CONFIG_CLASSES:
         return config
-    return getattr(_CONFIGS, CONFIG_CLASSES[config.quant_method]).from_dict(config.to_dict())
+    made = getattr(_CONFIGS, CONFIG_CLASSES[config.quant_method]).from_dict(config.to_dict())
+    return made if AutoQuantizer.as_config(made) == config else config
 
 
 def attach(model: Any, quantizer: Quantizer, torch_dtype: Any) -> None:
