@@ -411,3 +411,12 @@ def test_what_the_result_can_do():
     assert quantizer.is_serializable
     assert quantizer.is_trainable
     assert not quantizer.is_compileable
+
+
+def test_a_weight_that_lost_its_state_finds_it_in_the_layer():
+    # Tools that shard or offload put a plain parameter in the place of the packed one.
+    layer, _ = layer_of(64, 48)
+    x = torch.randn(2, 48)
+    expected = layer(x)
+    layer.weight = torch.nn.Parameter(layer.weight.data.clone().as_subclass(torch.Tensor), requires_grad=False)
+    assert torch.equal(layer(x), expected)

@@ -176,7 +176,7 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         """Codes that are stored as a floating type are bytes all the same, and are not cast."""
         weight = self._parameters["weight"]
         storage = weight.dtype
-        if not storage.is_floating_point or getattr(weight, "quant_state", None) is None:
+        if not storage.is_floating_point or self.quant_state is None:
             return super()._apply(fn, recurse)
         weight.data = weight.data.view(torch.uint8)
         try:
@@ -319,8 +319,21 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return multiply_8bit(x, codes, scales, bias, threshold=self.state.threshold, rounds=not self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Codes and scales stay together, wherever they are moved."""
-        super()._apply(fn, recurse)
+        """Codes and scales are moved together, as they are: releases of bitsandbytes take a weight that is moved
+        to the CPU for one to be packed."""
+        weight = self._parameters["weight"]
+        if weight.dtype != torch.int8:
+            return super()._apply(fn, recurse)
+        self._parameters["weight"] = torch.nn.Parameter(weight.data.as_subclass(torch.Tensor), requires_grad=False)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            moved = self._parameters["weight"].data
+            if "meta" in (moved.device.type, weight.device.type):
+                weight = bnb.nn.Int8Params(moved, requires_grad=False, has_fp16_weights=False)
+            else:
+                weight.data = moved
+            self._parameters["weight"] = weight
         self._share_codes()
         return self
 
