@@ -27,8 +27,10 @@ def absmax_of(state: Any) -> Any:
     """The scale of each block, float32 [blocks], of a `QuantState`."""
     if not state.nested:
         return state.absmax.float()
-    scales = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)[: state.absmax.numel()]
-    return state.state2.code.float()[state.absmax.long()] * scales + state.offset
+    nested = state.state2
+    scales = nested.absmax.float().repeat_interleave(nested.blocksize)[: state.absmax.numel()]
+    values = nested.code.float().index_select(0, state.absmax.reshape(-1).int())
+    return values.mul_(scales).add_(state.offset)
 
 
 def decode_4bit(weight: Any, dtype: Any) -> Any:
