@@ -13,7 +13,7 @@ import pytest
 
 import weightpack
 from weightpack.entry import Entry, Part
-from weightpack.errors import CheckpointError, ConfigError
+from weightpack.errors import CheckpointError, ConfigError, FormatError
 from weightpack.quantizers.gguf import GGUFQuantizationConfig, GGUFQuantizer
 
 torch = pytest.importorskip("torch")
@@ -209,6 +209,24 @@ def test_a_linear_layer_on_every_type(info):
     expected = torch.nn.functional.linear(inputs, weightpack.gguf.dequantize(blocks, info.name))
     with torch.no_grad():
         assert torch.equal(model(inputs), expected)
+
+
+def test_inputs_that_a_model_cast_to_the_type_of_packed_weights_are_refused():
+    model, _, _ = packed_net()
+    inputs = torch.randn(2, 256).to(model.proj.weight.dtype)
+    with pytest.raises(FormatError, match=r"input is torch\.uint8"):
+        model.proj(inputs)
+
+
+def test_what_a_model_keeps_in_float32_is_decoded():
+    model = Net().to("meta")
+    model._keep_in_fp32_modules = ["out"]
+    quantizer = GGUFQuantizer(GGUFQuantizationConfig())
+    quantizer.entries = {
+        name: entry(name, tuple(model.get_parameter(name).shape), type, 1) for name, type in TYPES.items()
+    }
+    quantizer.preprocess_model(model, packed=set(TYPES))
+    assert set(quantizer.quantized) == {"embed", "proj", "conv"}
 
 
 def test_kernels_of_all_dimensions():

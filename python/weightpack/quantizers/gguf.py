@@ -105,8 +105,9 @@ class GGUFQuantizer(Quantizer):
         packed: Collection[str] | None = None,
     ) -> None:
         """As in the base. Of a packed checkpoint everything stays packed that is, but for the config's own
-        list and `keep_in_fp32`: these weights are decoded while they are read."""
-        in_fp32 = tuple(keep_in_fp32)
+        list and what the model keeps in float32: these weights are decoded while they are read."""
+        # The class's list counts in any type: its code looks at the type of these weights (T5 casts to it).
+        in_fp32 = (*keep_in_fp32, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
         self._decoded = Matcher((*self.config.skip_list, *in_fp32))
         super().preprocess_model(model, skip=skip, keep_in_fp32=in_fp32, packed=packed)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import FormatError
 from ..gguf.blocks import dequantize as decode_on_cpu
 from . import gguf_decode
 
@@ -142,6 +143,16 @@ class GGUFLayer(nn.Module):
     def set_output_dtype(self, dtype: Any) -> None:
         """Tells an embedding what to give; other layers give what they are given."""
 
+    def cast(self, input: Any) -> Any:
+        """`input` in `compute_dtype`. Raises `FormatError` where it is not floating: what a model casts to the
+        type of a packed weight is lost."""
+        if not input.is_floating_point():
+            raise FormatError(
+                f"input is {input.dtype}: the model casts it to the type of packed weights",
+                hint="name the layer in modules_to_not_convert",
+            )
+        return input.to(self.compute_dtype)
+
     def decoded_weight(self) -> Any:
         """The weight in `compute_dtype`."""
         return decode(self._parameters["weight"], self.quant_type, self.quant_shape, self.compute_dtype)
@@ -158,7 +169,7 @@ class GGUFLinear(GGUFLayer, nn.Linear):
         """input [..., in_features] gives [..., out_features]."""
         weight = self.decoded_weight()
         with _decoded_again(self, weight):
-            found = nn.functional.linear(input.to(self.compute_dtype), weight, _in(self.bias, self.compute_dtype))
+            found = nn.functional.linear(self.cast(input), weight, _in(self.bias, self.compute_dtype))
         return found.to(input.dtype)
 
 
@@ -168,7 +179,7 @@ class _GGUFConvolution(GGUFLayer):
         weight = self.decoded_weight()
         bias = _in(self.bias, self.compute_dtype)
         with _decoded_again(self, weight):
-            found = self._conv_forward(input.to(self.compute_dtype), weight, bias)  # type: ignore[operator]
+            found = self._conv_forward(self.cast(input), weight, bias)  # type: ignore[operator]
         return found.to(input.dtype)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..._lazy import require
 from ...errors import ConfigError
 from ...loading.host import KeyPlan
+from ...mapping import MappedTensor
 from ...matcher import Matcher
 from .floats import float32_names, state_of
 
@@ -49,6 +50,12 @@ class TransformersHost:
         rope = "rope_freqs.weight"
         factors = checkpoint.read(rope).tolist() if rope in checkpoint else None
         return host_config(checkpoint.metadata, {name: entry.shape for name, entry in checkpoint.items()}, factors)
+
+    def gguf_names(self, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor] | None:
+        """Names of the files that weightpack reads and does not write."""
+        from .gguf_names import gguf_names
+
+        return gguf_names(model, shapes)
 
     def build(self, model_class: Any, config: Any, torch_dtype: Any) -> Any:
         """The skeleton, built by `_from_config`. No first values are made, and nothing is tied."""
