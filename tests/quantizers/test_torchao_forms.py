@@ -83,6 +83,11 @@ def test_the_config_of_a_parameter_is_the_most_exact_one(quantization):
     assert forms.assigned(config, "z.weight") is None
     assert forms.assigned(made["a"], "z.weight") is made["a"]
     assert list(forms.configs_in(config)) == [made[name] for name in "abcd"]
+    assert forms.names_parameter(config, "x.one.weight")
+    assert forms.names_parameter(config, "x.two.scale")
+    assert not forms.names_parameter(config, "y")
+    assert not forms.names_parameter(config, "z.scale")
+    assert not forms.names_parameter(made["a"], "x.one.weight")
     form = forms.form_of(config)
     assert forms.named_exactly(form) == ["x.one.weight", "x.one"]
     assert len(list(forms.forms_in(form))) == 4

@@ -314,3 +314,28 @@ def test_embeddings_are_packed_when_asked_for(transformers, llama_folder, tmp_pa
     assert pair(own) == ["Parameter", "NVFP4Tensor"]
     with pytest.raises(ConfigError, match="Net does not tell which its embedding is"):
         wp.from_pretrained(nets.Net, nets.save(tmp_path / "net", nets.make()), quantization_config=both)
+
+
+def test_experts_in_one_tensor_are_packed_by_name_and_come_back(transformers, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        num_local_experts=4,
+    )
+    cls = transformers.MixtralForCausalLM
+    model = cls(config).bfloat16().eval()
+    folder = saved(model, tmp_path / "plain")
+    kinds = {r"re:.*experts\.(gate_up|down)_proj": CONFIGS["float8"], r"re:.*self_attn\..*_proj": CONFIGS["int8"]}
+    form = quantization.FqnToConfig(kinds)
+    theirs = cls.from_pretrained(folder, quantization_config=transformers.TorchAoConfig(form))
+    own = wp.from_pretrained(cls, folder, quantization_config=wp.TorchAoConfig(form))
+    assert assert_same(own, theirs) == 6
+    assert torch.equal(own(TOKENS).logits, theirs(TOKENS).logits)
+    # transformers writes the keys under names of old, and describes them by those in the model.
+    again = wp.from_pretrained(cls, saved(own, tmp_path / "packed"))
+    assert assert_same(again, own) == 6

@@ -321,14 +321,16 @@ class TorchAoQuantizer(Quantizer):
 
     def _choose_loose(self, model: Any, packed: Collection[str] | None) -> None:
         """Parameters other than weights of layers, such as the experts of one layer in one tensor."""
-        if self.pre_quantized:
-            named: Iterable[str] = packed or ()
-        else:
-            matcher = Matcher(self.modules_to_not_convert)
-            named = (name for name in forms.named_exactly(self.config.form) if not matcher.matches(name))
-        parameters = dict(model.named_parameters())
-        for name in named:
-            if name in parameters and not super().check_if_quantized_param(model, name):
+        matcher = Matcher(self.modules_to_not_convert)
+        for name, parameter in model.named_parameters():
+            if super().check_if_quantized_param(model, name):
+                continue
+            if self.pre_quantized:
+                chosen = name in (packed or ())
+            else:
+                chosen = parameter.dim() > 1 and not name.endswith(".weight") and not matcher.matches(name)
+                chosen = chosen and forms.names_parameter(self._config(), name)
+            if chosen:
                 self._loose.add(name)
 
     def _place(self, config: Any, device: Any) -> Any:

@@ -158,6 +158,19 @@ def assigned(config: Any, name: str) -> Any:
     return held.get(_DEFAULT)
 
 
+def names_parameter(config: Any, name: str) -> bool:
+    """Whether a config per module packs parameter `name` by its own name, in full or by a pattern."""
+    if not is_per_module(config):
+        return False
+    held = config.fqn_to_config
+    if name in held:
+        return held[name] is not None
+    patterns = (
+        found for pattern, found in held.items() if pattern.startswith("re:") and re.fullmatch(pattern[3:], name)
+    )
+    return next(patterns, None) is not None
+
+
 def passes_gradients(form: Form) -> bool:
     """Whether layers packed so pass gradients on to their input."""
     return all(one["_type"] in PASS_GRADIENTS for one in forms_in(form))

@@ -159,6 +159,8 @@ class FileWeights:
     def __init__(self, metadata: Mapping[str, str]) -> None:
         self._described: dict[str, str] = {}
         self._components: dict[str, tuple[str, str]] = {}
+        self._leaves: dict[str, tuple[str, str]] = {}
+        self._plain = frozenset(metadata)
         for name, text in metadata.items():
             described = _object(text)
             names = described.get("_tensor_data_names")
@@ -168,13 +170,23 @@ class FileWeights:
             path, dot, leaf = name.rpartition(".")
             for one in names:
                 self._components[f"{path}{dot}_{leaf}_{one}"] = (name, str(one))
+                self._leaves[f"_{leaf}_{one}"] = (leaf, str(one))
 
     def __bool__(self) -> bool:
         return bool(self._described)
 
     def component_of(self, key: str) -> tuple[str, str] | None:
-        """The packed tensor that a stored array belongs to, and which of its arrays it is."""
-        return self._components.get(key)
+        """The packed tensor that a stored array belongs to, and which of its arrays it is.
+
+        transformers writes some keys under names of old, and describes them by those in the model; then the
+        path is that of the key.
+        """
+        known = self._components.get(key)
+        path, dot, last = key.rpartition(".")
+        if known is not None or last not in self._leaves or key in self._plain:
+            return known
+        leaf, component = self._leaves[last]
+        return f"{path}{dot}{leaf}", component
 
     def rebuild(self, name: str, arrays: Mapping[str, Any], *, dtype: Any = None) -> Any:
         """The packed tensor `name` from its arrays, in any order. `dtype` is what its layer computes in.
