@@ -207,6 +207,16 @@ def test_packing_wants_a_skeleton(tmp_path):
     assert wp.from_pretrained(nets.Net, folder, low_cpu_mem_usage=False).head.weight.device.type == "cpu"
 
 
+def test_a_single_file_is_packed_too(tmp_path):
+    """diffusers' from_single_file takes a config and packs nothing."""
+    net = nets.make()
+    folder = nets.save(tmp_path / "net", net)
+    file = (folder / "model.safetensors").rename(tmp_path / "net.safetensors")
+    model = wp.from_pretrained(nets.Net, file, quantization_config=NF4)
+    assert_packed(model, "head", net.head.weight.detach())
+    assert len(model.hf_quantizer.quantized) == 5
+
+
 def test_from_a_state_dict_and_from_torchs_own_files(tmp_path):
     net = nets.make()
     model = wp.from_pretrained(nets.Net, tmp_path, state_dict=net.state_dict(), quantization_config=NF4)
