@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -277,6 +278,12 @@ def test_a_packed_checkpoint_comes_back_byte_for_byte(storage, double_quant):
     assert bits(parts_of(model, "0.weight")) == bits(parts_of(saved, "weight"))
 
 
+def restate(parts, **changes):
+    """Other values in the description of a packed weight."""
+    described = {**json.loads(bytes(parts[STATE].tolist())), **changes}
+    parts[STATE] = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -289,6 +296,12 @@ def test_a_packed_checkpoint_comes_back_byte_for_byte(storage, double_quant):
         (lambda parts: parts.update({"quant_state.bitsandbytes__fp4": parts[STATE]}), "expected one"),
         (lambda parts: parts.update({STATE: parts[STATE][:-3]}), "quant_state is not JSON"),
         (lambda parts: parts.update({STATE: torch.tensor([123, 125], dtype=torch.uint8)}), "not what bitsandbytes"),
+        (lambda parts: restate(parts, blocksize=65), "blocksize is 65"),
+        (lambda parts: restate(parts, quant_type="fp4"), "quant_type is 'fp4'"),
+        (lambda parts: restate(parts, dtype="float99"), "dtype is 'float99'"),
+        (lambda parts: restate(parts, shape="x"), "shape is 'x'"),
+        (lambda parts: restate(parts, nested_blocksize=None), "nested_blocksize is None"),
+        (lambda parts: parts.update({"absmax": parts["absmax"].float()}), "absmax is torch.float32"),
         (lambda parts: parts.update({"": parts[""][1:]}), "1535 bytes of codes for 3072 weights"),
         (lambda parts: parts.update({"absmax": parts["absmax"][1:]}), "absmax holds 47 numbers, expected 48"),
         (lambda parts: parts.update({"nested_absmax": parts["nested_absmax"][:0]}), "nested_absmax holds 0 numbers"),

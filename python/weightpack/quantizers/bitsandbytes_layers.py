@@ -8,7 +8,7 @@ dict holds the bytes that were loaded, whatever was computed in between.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._lazy import require
@@ -37,7 +37,7 @@ def params_4bit(name: str, parts: Mapping[str, Any], shape: tuple[int, ...], dev
             f'packed weight {found}, expected one "{STATE}nf4" or "{STATE}fp4" (tensor "{name}")',
             hint=None if states else "without it the weight cannot be decoded; the file was not saved whole",
         )
-    described = _described(name, parts[states[0]])
+    described = _described(name, states[0], parts[states[0]])
     nested = ("nested_absmax", "nested_quant_map") if "nested_offset" in described else ()
     lacking = [part for part in ("", "absmax", "quant_map", *nested) if part not in parts]
     if lacking:
@@ -59,19 +59,34 @@ def params_4bit(name: str, parts: Mapping[str, Any], shape: tuple[int, ...], dev
     )
 
 
+_BLOCK_SIZES = tuple(1 << power for power in range(5, 13))
 _FIELDS_4BIT = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
 _COMPONENTS = {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}
 
 
-def _described(name: str, state: Any) -> dict[str, Any]:
-    """The JSON of a packed weight."""
+def _described(name: str, key: str, state: Any) -> dict[str, Any]:
+    """The JSON of a packed weight, whose values are what they should be."""
     try:
         described = json.loads(bytes(state.detach().cpu().reshape(-1).view(torch.uint8).tolist()))
     except ValueError as error:
         raise CheckpointError(f'quant_state is not JSON: {error} (tensor "{name}")') from error
-    needed = {"quant_type", "blocksize", "dtype", "shape"}
-    if not isinstance(described, dict) or not needed <= described.keys():
+    if not isinstance(described, dict):
         raise CheckpointError(f'quant_state is not what bitsandbytes writes (tensor "{name}")')
+    checks: dict[str, Callable[[Any], bool]] = {
+        "quant_type": lambda value: key == f"{STATE}{value}",
+        "blocksize": lambda value: value in _BLOCK_SIZES,
+        "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
+        "shape": lambda value: isinstance(value, list) and len(value) == 2,
+    }
+    if "nested_offset" in described:
+        checks["nested_offset"] = lambda value: isinstance(value, int | float)
+        checks["nested_blocksize"] = lambda value: isinstance(value, int) and value > 0
+        checks["nested_dtype"] = lambda value: value == "float32"
+    for field, is_right in checks.items():
+        if not is_right(described.get(field)):
+            raise CheckpointError(
+                f'quant_state is not what bitsandbytes writes: {field} is {described.get(field)!r} (tensor "{name}")'
+            )
     return described
 
 
@@ -86,7 +101,11 @@ def _check_sizes(name: str, parts: Mapping[str, Any], described: Mapping[str, An
     if held != -(-weights // 2):
         raise CheckpointError(f'{held} bytes of codes for {weights} weights of 4 bits (tensor "{name}")')
     wanted = {"absmax": blocks}
-    if "nested_offset" in described:
+    is_nested = "nested_offset" in described
+    if parts["absmax"].is_floating_point() == is_nested:
+        kind = "packed" if is_nested else "not packed"
+        raise CheckpointError(f'absmax is {parts["absmax"].dtype}, and quant_state says {kind} (tensor "{name}")')
+    if is_nested:
         wanted["nested_absmax"] = -(-blocks // int(described["nested_blocksize"]))
     for part, count in wanted.items():
         if parts[part].numel() != count:
