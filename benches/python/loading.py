@@ -6,7 +6,8 @@ The sources are a made Llama and a made Flux transformer with random bf16 weight
 cache. Every load is a process of its own that imports the libraries first; timed is `from_pretrained`
 alone. Peak memory is the process's `RssAnon` above what it was before the call, sampled every
 millisecond. Loads of one row must give the same state dict (a digest of names and bytes), or the row
-says that they differ. diffusers refuses bitsandbytes without a GPU: that one check is lifted for it.
+says that they differ: GGUF files are decoded by transformers, and diffusers holds bf16 tensors of them as
+bytes. diffusers refuses bitsandbytes without a GPU: that one check is lifted for it.
 """
 
 from __future__ import annotations
@@ -129,12 +130,23 @@ def measure(way: str, host: str, kind: str, folder: str) -> dict[str, Any]:
     model_class, _ = models()[host]
     config = None if kind.startswith("packed") else config_of(host, kind)
     options: dict[str, Any] = {"torch_dtype" if host == "diffusers" else "dtype": torch.bfloat16}
+    if kind == "gguf":
+        # The file lies in the folder of the config.
+        file = Path(folder, "model.gguf")
+        if way == "weightpack":
+            config = __import__("weightpack").GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+            options["config"], folder = folder, str(file)
+        elif host == "diffusers":
+            config = __import__(host).GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+            options["config"], folder = folder, str(file)
+        else:
+            options["gguf_file"] = file.name
     if config is not None:
         options["quantization_config"] = config
     if way == "host":
         if host == "diffusers":
             lift_gpu_check()
-        load = model_class.from_pretrained
+        load = model_class.from_single_file if kind == "gguf" and host == "diffusers" else model_class.from_pretrained
     elif way == "registered":
         import weightpack.integrations
 
@@ -232,7 +244,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--hosts", default="transformers,diffusers")
-    parser.add_argument("--kinds", default="none,nf4,int8,torchao-int8,quanto-int8,packed-nf4")
+    parser.add_argument("--kinds", default="none,nf4,int8,torchao-int8,quanto-int8,packed-nf4,gguf")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--folder", type=Path)
     choices = parser.parse_args()
@@ -252,6 +264,14 @@ def main() -> None:
                     source = Path(top, f"{host}-nf4")
                     convert = [sys.executable, "-m", "weightpack", "convert", str(folder), str(source), "--to", "nf4"]
                     subprocess.run([*convert, "--max-shard-size", "200MB"], check=True, capture_output=True)
+                if kind == "gguf":
+                    source, ways = Path(top, f"{host}-gguf"), ["host", "weightpack"]
+                    source.mkdir()
+                    (source / "config.json").write_bytes((folder / "config.json").read_bytes())
+                    # diffusers reads the reference names of FLUX.1 at its full width alone, its own at any.
+                    names = ["--arch", "none"] if host == "diffusers" else []
+                    convert = [sys.executable, "-m", "weightpack", "convert", str(folder), str(source / "model.gguf")]
+                    subprocess.run([*convert, "--to", "q4_k", *names], check=True, capture_output=True)
                 rows.append(row(host, kind, source, ways, choices.runs))
     record = {
         "date": time.strftime("%Y-%m-%d"),

@@ -191,7 +191,7 @@ def test_diffusion_models(peer, tmp_path, name, to):
     assert wp.AutoQuantizer.as_config(kept) == wp.GGUFQuantizationConfig()
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan", "ltxv"])
+@pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_the_bytes_that_diffusers_holds(peer, tmp_path, name):
     diffusers, torch = peer("diffusers"), peer("torch")
     peer("gguf")

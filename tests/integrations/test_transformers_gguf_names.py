@@ -26,16 +26,16 @@ def stored(peer, model, arch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "arch", "options"),
+    ("kind", "arch", "dtype", "options"),
     [
-        ("T5EncoderModel", "T5ENCODER", {}),
-        ("T5ForConditionalGeneration", "T5", {"tie_word_embeddings": False}),
-        ("UMT5EncoderModel", "T5ENCODER", {}),
-        ("T5EncoderModel", "T5ENCODER", {"feed_forward_proj": "relu"}),
+        ("T5EncoderModel", "T5ENCODER", "float32", {}),
+        ("T5EncoderModel", "T5ENCODER", "bfloat16", {}),
+        ("T5ForConditionalGeneration", "T5", "float32", {"tie_word_embeddings": False}),
+        ("UMT5EncoderModel", "T5ENCODER", "float32", {}),
+        ("T5EncoderModel", "T5ENCODER", "float32", {"feed_forward_proj": "relu"}),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_encoders(peer, tmp_path, kind, arch, options, dtype):
+def test_text_encoders(peer, tmp_path, kind, arch, dtype, options):
     transformers, torch = peer("transformers"), peer("torch")
     torch.manual_seed(2)
     cls = getattr(transformers, kind)

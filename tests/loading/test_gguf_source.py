@@ -204,6 +204,18 @@ def test_disk_and_devices(tmp_path):
     assert everywhere.embed.weight.quant_type == "Q8_0"
 
 
+def test_weights_that_are_brought_in_for_each_layer(tmp_path, peer):
+    accelerate = peer("accelerate")
+    net = make()
+    path = packed_file(tmp_path / "net.gguf", net)
+    model = Net.from_pretrained(path, quantization_config=GGUF)
+    # accelerate makes parameters anew, and knows nothing of their types.
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.blocks[0].up.weight.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(model(nets.TOKENS), decoded(net, path)(nets.TOKENS))
+
+
 def test_a_device_map_counts_packed_bytes(tmp_path):
     net = make(width=256)
     path = packed_file(tmp_path / "net.gguf", net, "Q4_K")
