@@ -382,6 +382,29 @@ def test_the_other_of_two_tied_tensors_may_be_the_one_that_is_there(peer, tmp_pa
     assert torch.equal(ours.lm_head.weight, stored["lm_head.weight"])
 
 
+TIED = {
+    "all on disk": {"": "disk"},
+    "both on disk": {"model.layers": "cpu", "model.norm": "cpu", "model.embed_tokens": "disk", "lm_head": "disk"},
+    "first on disk": {"model.layers": "cpu", "model.norm": "cpu", "model.embed_tokens": "disk", "lm_head": "cpu"},
+    "last on disk": {"model.layers": "cpu", "model.norm": "cpu", "model.embed_tokens": "cpu", "lm_head": "disk"},
+}
+
+
+@pytest.mark.parametrize("places", TIED.values(), ids=TIED)
+def test_tied_tensors_may_lie_on_disk(peer, tmp_path, places):
+    """Also where only one of them does, which transformers does not load."""
+    torch = peer("torch")
+    cls = save(peer, tmp_path / "m", "llama tied")
+    ids = torch.arange(8)[None]
+    device_map = places if "" in places else {**places, "model.rotary_emb": "cpu"}
+    ours, info = wp.from_pretrained(
+        cls, tmp_path / "m", device_map=device_map, offload_folder=tmp_path / "disk", output_loading_info=True
+    )
+    assert not info.missing
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, cls.from_pretrained(tmp_path / "m")(ids).logits)
+
+
 def test_tied_tensors_that_are_both_missing_are_made_anew_as_one(peer, tmp_path):
     files = peer("safetensors.torch")
     cls = save(peer, tmp_path / "m", "llama tied")

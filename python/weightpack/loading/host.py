@@ -74,9 +74,9 @@ class Host(Protocol):
     def no_split(self, model: Any) -> list[str]:
         """Names of classes whose modules stay on one device."""
 
-    def tie(self, model: Any) -> None:
-        """Makes tied parameters one again. Called once everything that is in the checkpoint has been set: what is
-        on the meta device then was not there, or stays on disk."""
+    def tie(self, model: Any, missing: Sequence[str]) -> None:
+        """Makes tied parameters one again. Called once everything that is in the checkpoint has been set; what
+        it lacks is `missing`. Besides these, parameters that stay on disk are on the meta device."""
 
     def may_miss(self, model: Any, names: Sequence[str]) -> list[str]:
         """Those of the missing parameters that matter: tied ones and those made anew do not."""

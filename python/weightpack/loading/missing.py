@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._lazy import require
@@ -49,13 +49,15 @@ def fill(
     dtype_of: Callable[[str], Any],
     torch_dtype: Any,
     set_tensor: Callable[[str, Any, str], None],
+    on_disk: Collection[str] = (),
 ) -> None:
     """Gives everything that the checkpoint lacks first values; what is tied by now stays one tensor.
 
-    Afterwards `info.missing` names what a person should know of. `state` are the skeleton's tensors.
+    Afterwards `info.missing` names what a person should know of. `state` are the skeleton's tensors,
+    `on_disk` those that are on disk.
     """
     torch = require("torch", "load models")
-    lacking = [name for name in info.missing if state[name].device.type == "meta"]
+    lacking = [name for name in info.missing if state[name].device.type == "meta" and name not in on_disk]
     told = list(info.missing) if quantizer is None else quantizer.update_missing_keys(model, list(info.missing))
     info.missing = host.may_miss(model, told)
     plain = []

@@ -29,6 +29,11 @@ class Disk:
         os.makedirs(self.folder, exist_ok=True)
         self.index = offload_weight(tensor, name, self.folder, index=self.index)
 
+    def read(self, name: str) -> Any:
+        """A tensor that was added."""
+        load = require("accelerate.utils", _PURPOSE).load_offloaded_weight
+        return load(os.path.join(str(self.folder), f"{name}.dat"), self.index[name])
+
 
 def dispatch(model: Any, device_map: Mapping[str, Any], disk: Disk | None) -> None:
     """Hooks that move inputs, and weights that stay elsewhere; none where there is one device.

@@ -61,7 +61,7 @@ class PlainHost:
         """The class's own list, `_no_split_modules`."""
         return list(getattr(model, "_no_split_modules", None) or ())
 
-    def tie(self, model: Any) -> None:
+    def tie(self, model: Any, missing: Sequence[str]) -> None:
         """Calls `tie_weights`, where the class has it."""
         if callable(getattr(model, "tie_weights", None)):
             model.tie_weights()

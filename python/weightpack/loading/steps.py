@@ -179,7 +179,8 @@ class Loading:
         loader.load(self._plan.targets)
         for target in self._plan.targets:
             self._share(target.name)
-        self._host.tie(self.model)
+        self._host.tie(self.model, self.info.missing)
+        self._part_devices()
         missing.fill(
             self._host,
             self.model,
@@ -190,6 +191,7 @@ class Loading:
             dtype_of=self.dtype_of,
             torch_dtype=self._dtype,
             set_tensor=self._set,
+            on_disk=self._disk.index if self._disk is not None else (),
         )
 
     def _set(self, name: str, tensor: Any, device: str) -> None:
@@ -210,6 +212,23 @@ class Loading:
             value = find_tensor(self.model, name)
             if value is not None and find_tensor(self.model, other) is not value:
                 set_parameter(self.model, other, value)
+
+    def _part_devices(self) -> None:
+        """Sees to tensors of several names of which some stay on disk: each name has its weights where its
+        module is placed, in a file or in memory."""
+        disk = self._disk
+        if disk is None:
+            return
+        state = state_of(self.model)
+        for name, others in shared_names(state).items():
+            device, value = self._placement.of(name), state[name]
+            source = next((other for other in others if other in disk.index), None)
+            if name in disk.index or (source is None and value.device.type == "meta"):
+                continue
+            if device == DISK:
+                disk.add(name, value if source is None else disk.read(source))
+            elif source is not None:
+                self._set(name, disk.read(source), device)
 
     def finish(self) -> Any:
         """The finished model: the quantizer's last word, the host's registration, hooks for its devices."""

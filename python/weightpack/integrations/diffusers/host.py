@@ -104,7 +104,7 @@ class DiffusersHost:
                 hint='give device_map as a dictionary from module to device, or as one device ("cuda")',
             ) from error
 
-    def tie(self, model: Any) -> None:
+    def tie(self, model: Any, missing: Sequence[str]) -> None:
         """Nothing: diffusers ties no parameters."""
 
     def may_miss(self, model: Any, names: Sequence[str]) -> list[str]:

@@ -111,19 +111,24 @@ class TransformersHost:
         """The class's list, and those of the models inside it."""
         return sorted(getattr(model, "_no_split_modules", None) or ())
 
-    def tie(self, model: Any) -> None:
+    def tie(self, model: Any, missing: Sequence[str]) -> None:
         """By the class's own list of ties. Of two tied names, the one that was in the checkpoint gives the
         value, whichever it is; two that were both there and differ stay two."""
         state = state_of(model)
-        missing = {name for name, value in state.items() if value.device.type == "meta"}
+        lacking = set(missing)
         for target, source in list(model.all_tied_weights_keys.items()):
-            if {target, source} <= state.keys() - missing and _holds_tensors(state[target]):
+            if not {target, source} <= state.keys() - lacking:
+                continue
+            if state[target].is_meta != state[source].is_meta:
+                # One of them is on disk.
+                model.all_tied_weights_keys.pop(target)
+            elif _holds_tensors(state[target]):
                 # Packed tensors that hold others cannot be compared by transformers.
                 if _same(state[target], state[source]):
-                    missing.add(target)
+                    lacking.add(target)
                 else:
                     model.all_tied_weights_keys.pop(target)
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        model.tie_weights(missing_keys=lacking, recompute_mapping=False)
 
     def may_miss(self, model: Any, names: Sequence[str]) -> list[str]:
         """All but tied parameters of which another is there, and those that the class makes anew."""
