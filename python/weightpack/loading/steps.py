@@ -137,10 +137,12 @@ class Loading:
         if self._quantizer is None:
             return
         self._quantizer.device_map = device_map
+        narrow = getattr(self._host, "left_unpacked", None)
+        spared = self._in_fp32 if narrow is None else narrow(self.model, self._quantizer, self._in_fp32)
         self._quantizer.preprocess_model(
             self.model,
             skip=[*self._host.protected(self.model), *self._tied_layers()],
-            keep_in_fp32=self._in_fp32,
+            keep_in_fp32=spared,
             packed=self._plan.packed if self._quantizer.pre_quantized else None,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,38 +11,32 @@ from ...quantizers.base import Quantizer
 from ...skip_list import settle, skipped_by_diffusers
 
 
-def saved_config(config: Any, model: Any, quantizer: Quantizer) -> Any:
+def saved_config(config: Any, model: Any, quantizer: Quantizer) -> tuple[Any, str | None]:
     """The config that goes into the `config.json` of `model`, whose layers are in place.
 
     It is `config`, unless diffusers on its own would read its skip list otherwise than weightpack has:
-    then its list names what was left unpacked, in words that diffusers reads the same way. Warns where
-    there are no such words.
+    then its list names what was left unpacked, in words that diffusers reads the same way. Where there
+    are no such words, also a packed layer that diffusers would take for one left unpacked.
     """
     if quantizer.pre_quantized or quantizer.name not in _READERS:
-        return config
+        return config, None
     field, reads = _READERS[quantizer.name]
-    fixed = model._keep_in_fp32_modules or ()
-    fixed = [fixed] if isinstance(fixed, str) else list(fixed)
+    fixed = fixed_entries(model)
     packed = set(quantizer.quantized)
     kept = {
         path for path, module in model.named_modules() if path and path not in packed and quantizer.takes(path, module)
     }
     given = [*quantizer.config.skip_list, *fixed]
     if all(reads(given, path) for path in kept) and not any(reads(given, path) for path in packed):
-        return config
+        return config, None
     if quantizer.name == "quanto":
         entries = sorted({path.rpartition(".")[2] for path in kept})
     else:
         entries, _ = settle("diffusers", packed, kept, fixed=fixed)
     misread = sorted(path for path in packed if reads([*entries, *fixed], path))
     if misread:
-        warnings.warn(
-            f"no skip list makes diffusers itself leave out the same layers: it would take {misread[0]} for one "
-            "of them; once saved, the model loads with weightpack alone",
-            stacklevel=4,
-        )
-        return config
-    return dataclasses.replace(AutoQuantizer.as_config(config), **{field: tuple(entries)})
+        return config, misread[0]
+    return dataclasses.replace(AutoQuantizer.as_config(config), **{field: tuple(entries)}), None
 
 
 def _quanto_skips(entries: Sequence[str], path: str) -> bool:
@@ -53,6 +46,25 @@ def _quanto_skips(entries: Sequence[str], path: str) -> bool:
 
 def _bitsandbytes_skips(entries: Iterable[str], path: str) -> bool:
     return skipped_by_diffusers(list(entries), path)
+
+
+def left_unpacked(model: Any, quantizer: Quantizer, in_fp32: Sequence[str]) -> list[str]:
+    """Those of the modules kept in float32 that are not packed either: all of them, except that quanto in
+    diffusers compares the entries of the model's class with the last segment of a path alone. What it
+    packs all the same has to be packed here too, or diffusers could not load the saved model."""
+    if quantizer.name != "quanto":
+        return list(in_fp32)
+    own = fixed_entries(model)
+    paths = [
+        path for path, module in model.named_modules() if _quanto_skips(own, path) and quantizer.takes(path, module)
+    ]
+    return [*(entry for entry in in_fp32 if entry not in own), *paths]
+
+
+def fixed_entries(model: Any) -> list[str]:
+    """The class's own list of what stays in float32."""
+    entries = model._keep_in_fp32_modules or ()
+    return [entries] if isinstance(entries, str) else list(entries)
 
 
 _READERS: dict[str, tuple[str, Any]] = {

@@ -11,6 +11,7 @@ from ..._lazy import require
 from ...errors import ConfigError
 from ...loading.host import KeyPlan, Target
 from ...mapping import MappedTensor
+from .configs import fixed_entries, left_unpacked
 
 _PURPOSE = "load its model classes"
 
@@ -88,8 +89,11 @@ class DiffusersHost:
     def keep_in_fp32(self, model: Any, torch_dtype: Any) -> Iterable[str]:
         """The class's own list, whatever the type of the rest. An entry is one segment of a name, of a
         module or of a parameter."""
-        entries = model._keep_in_fp32_modules or ()
-        return (entries,) if isinstance(entries, str) else tuple(entries)
+        return fixed_entries(model)
+
+    def left_unpacked(self, model: Any, quantizer: Any, in_fp32: Sequence[str]) -> list[str]:
+        """As diffusers' quantizer of that backend reads them."""
+        return left_unpacked(model, quantizer, in_fp32)
 
     def no_split(self, model: Any) -> list[str]:
         """Those of the class and of the diffusers models in it.

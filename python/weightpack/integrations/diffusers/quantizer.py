@@ -16,6 +16,7 @@ them. diffusers' own loop over tensors, which compares shapes and casts, only se
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -25,7 +26,7 @@ from ...entry import Entry
 from ...errors import BackendError, CheckpointError, ConfigError
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
-from .configs import saved_config
+from .configs import left_unpacked, saved_config
 from .gguf_file import blocks_of, decoded, entries_of
 
 _PURPOSE = "pack its models"
@@ -51,6 +52,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
             quantization_config, pre_quantized=pre_quantized, modules_to_not_convert=list(modules_to_not_convert)
         )
         self.quantizer = quantizer or AutoQuantizer.from_config(quantization_config, pre_quantized=pre_quantized)
+        self.misread: str | None = None
         self._model: Any = None
         self._device_map: Any = None
         self._keys: list[str] = []
@@ -118,10 +120,12 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         if state_dict is not None:
             self._open_single_file(state_dict)
         packed = frozenset(self._groups) if self.quantizer.pre_quantized else None
-        self.quantizer.preprocess_model(model, keep_in_fp32=list(keep_in_fp32_modules), packed=packed)
+        self.quantizer.device_map = device_map
+        spared = left_unpacked(model, self.quantizer, keep_in_fp32_modules)
+        self.quantizer.preprocess_model(model, keep_in_fp32=spared, packed=packed)
         self.modules_to_not_convert = list(self.quantizer.modules_to_not_convert)
         mark(model, self.quantizer)
-        self.quantization_config = saved_config(self.quantization_config, model, self.quantizer)
+        self.quantization_config, self.misread = saved_config(self.quantization_config, model, self.quantizer)
         model.register_to_config(quantization_config=self.quantization_config)
         self._expect(model, self._keys if state_dict is None else list(state_dict))
         if state_dict is not None:
@@ -244,7 +248,16 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What diffusers' `save_pretrained` writes; torchao's tensors are taken apart as diffusers does it."""
+        """What diffusers' `save_pretrained` writes; torchao's tensors are taken apart as diffusers does it.
+
+        Warns where diffusers by itself will not be able to load it.
+        """
+        if self.misread is not None:
+            warnings.warn(
+                "no skip list tells diffusers which layers are not packed: it takes "
+                f"{self.misread} for one of them; what is saved loads with weightpack alone",
+                stacklevel=3,
+            )
         if self.quantizer.name != "torchao":
             return state_dict, {}
         own = require("diffusers.quantizers.torchao.torchao_quantizer", _PURPOSE).TorchAoHfQuantizer
@@ -254,10 +267,13 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         return flat
 
     def _dequantize(self, model: Any) -> Any:
+        """Ordinary layers, and a config that no longer speaks of packed ones."""
         try:
-            return self.quantizer.dequantize(model)
+            model = self.quantizer.dequantize(model)
         except BackendError as error:
             raise NotImplementedError(str(error)) from error
+        unmark(model)
+        return model
 
     @property
     def is_serializable(self) -> bool:
@@ -286,12 +302,22 @@ def mark(model: Any, quantizer: Quantizer) -> None:
             setattr(model, f"is_loaded_in_{bits}", True)
 
 
+def unmark(model: Any) -> None:
+    """Takes back `mark`, and what the config says of packed weights: what is saved now is not packed."""
+    for name in ("quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(name, None)
+    packed = ("quantization_config", "_pre_quantization_dtype")
+    kept = {key: value for key, value in model.config.items() if key not in packed}
+    model._internal_dict = type(model.config)(kept)
+
+
 def attach(model: Any, quantizer: Quantizer, torch_dtype: Any) -> None:
     """Leaves on a model that weightpack loaded what diffusers' own loader leaves on one."""
     mark(model, quantizer)
-    config = saved_config(quantizer.config, model, quantizer)
+    config, misread = saved_config(quantizer.config, model, quantizer)
     adapter = WeightpackQuantizer(config, pre_quantized=quantizer.pre_quantized, quantizer=quantizer)
     adapter.modules_to_not_convert = list(quantizer.modules_to_not_convert)
+    adapter.misread = misread
     model.hf_quantizer = adapter
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=torch_dtype)
 
