@@ -81,9 +81,7 @@ pub fn run(
     };
     let (destination, kind) = (plan.destination.as_path(), plan.kind);
     if choices.resume {
-        if let Some((workspace, lines)) = Workspace::committed(destination, kind, &plan.id, &begin)?
-        {
-            workspace.remove()?;
+        if let Some(lines) = Workspace::committed(destination, kind, &plan.id, &begin)? {
             let done = keeper::read_lines(plan, lines);
             let totals = Totals {
                 resumed_bytes: plan.output_bytes(),

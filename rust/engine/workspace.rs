@@ -9,7 +9,9 @@
 //! | `lock` | locked by the process at work; the system frees it however that process ends |
 //!
 //! Committing is one rename (or one exchange, where something stands at the destination): before
-//! it the old destination is whole, after it the new one is.
+//! it the old destination is whole, after it the new one is. The folder is then called
+//! `DESTINATION.partial-<plan>.done` and removed: a run that is stopped while it removes must not leave
+//! what looks like an unfinished one.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -55,22 +57,39 @@ impl Workspace {
         Ok((workspace, journal, Vec::new()))
     }
 
-    /// The folder of an earlier run that was stopped after its result had taken the destination's
-    /// place, with its journal: nothing is left to do but to remove it.
+    /// The journal of an earlier run that was stopped after its result had taken the destination's
+    /// place: what it left is removed, and nothing remains to be done.
     pub fn committed(
         destination: &Path,
         kind: Kind,
         id: &str,
         begin: &Line,
-    ) -> Result<Option<(Self, Vec<Line>)>> {
+    ) -> Result<Option<Vec<Line>>> {
+        let done = done_of(&partial_path(destination, id));
+        if done.is_dir() {
+            let left = Journal::reopen(&done.join("journal"), begin)?;
+            let lines = left.map(|(_, lines)| lines);
+            remove_done(&done)?;
+            // The journal is removed last: where there is none, hardly any time has passed.
+            let is_there = match &lines {
+                Some(lines) => was_committed(destination, lines),
+                None => destination.exists(),
+            };
+            if is_there {
+                return Ok(Some(lines.unwrap_or_default()));
+            }
+        }
         if !partial_path(destination, id).is_dir() {
             return Ok(None);
         }
         let workspace = Self::lock(destination, kind, id)?;
-        let left = Journal::reopen(&workspace.journal(), begin)?;
-        Ok(left
-            .filter(|(_, lines)| workspace.was_committed(lines))
-            .map(|(_, lines)| (workspace, lines)))
+        match Journal::reopen(&workspace.journal(), begin)? {
+            Some((_, lines)) if was_committed(destination, &lines) => {
+                workspace.remove()?;
+                Ok(Some(lines))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn lock(destination: &Path, kind: Kind, id: &str) -> Result<Self> {
@@ -108,17 +127,6 @@ impl Workspace {
         }
     }
 
-    fn was_committed(&self, lines: &[Line]) -> bool {
-        let committing = lines.iter().rev().find_map(|line| match line {
-            Line::Committing { inode } => Some(*inode),
-            _ => None,
-        });
-        match (committing, fs::metadata(&self.destination)) {
-            (Some(inode), Ok(metadata)) => metadata.ino() == inode,
-            _ => false,
-        }
-    }
-
     /// Puts the content in the destination's place and removes the workspace.
     pub fn commit(self, journal: &mut Journal, sync: bool) -> Result<()> {
         let product = self.product();
@@ -138,14 +146,55 @@ impl Workspace {
     }
 
     /// Removes the workspace and all in it. After an exchange that is the old destination.
-    pub fn remove(self) -> Result<()> {
-        fs::remove_dir_all(&self.folder)
-            .map_err(|error| Error::io("cannot remove", &self.folder, error))
+    fn remove(self) -> Result<()> {
+        let done = done_of(&self.folder);
+        remove_done(&done)?;
+        fs::rename(&self.folder, &done)
+            .map_err(|error| Error::io("cannot rename", &self.folder, error))?;
+        remove_done(&done)
     }
 
     /// Removes what was made in vain; the failure that led here is the one to report.
     pub fn discard(self) {
         let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// What the name of a folder ends in whose content has taken the destination's place.
+const DONE: &str = ".done";
+
+/// What a workspace is called while it is being removed.
+fn done_of(folder: &Path) -> PathBuf {
+    let mut name = folder.to_owned().into_os_string();
+    name.push(DONE);
+    name.into()
+}
+
+/// Removes a folder of that name, if there is one, and its journal last.
+fn remove_done(done: &Path) -> Result<()> {
+    for removed in [
+        fs::remove_dir_all(done.join("content")),
+        fs::remove_dir_all(done),
+    ] {
+        match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("cannot remove", done, error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether the destination is what the journal says was to take its place.
+fn was_committed(destination: &Path, lines: &[Line]) -> bool {
+    let committing = lines.iter().rev().find_map(|line| match line {
+        Line::Committing { inode } => Some(*inode),
+        _ => None,
+    });
+    match (committing, fs::metadata(destination)) {
+        (Some(inode), Ok(metadata)) => metadata.ino() == inode,
+        _ => false,
     }
 }
 
@@ -212,5 +261,34 @@ mod tests {
         file::exchange(&content, &destination).unwrap();
         assert!(known().unwrap());
         assert!(destination.join("new").exists());
+        assert!(!partial_path(&destination, id).exists());
+        assert!(!known().unwrap());
+    }
+
+    #[test]
+    fn a_run_stopped_while_cleaning_is_known_as_committed() {
+        let folder = tempfile::tempdir().unwrap();
+        let destination = folder.path().join("out");
+        let id = "0123456789abcdef";
+        let done = done_of(&partial_path(&destination, id));
+        for has_journal in [true, false] {
+            let (workspace, mut journal, _) =
+                Workspace::open(&destination, Kind::Folder, id, &begin(), false).unwrap();
+            let inode = fs::metadata(workspace.content()).unwrap().ino();
+            journal.append(&[Line::Committing { inode }]).unwrap();
+            fs::rename(workspace.content(), &destination).unwrap();
+            fs::rename(partial_path(&destination, id), &done).unwrap();
+            if !has_journal {
+                fs::remove_file(done.join("journal")).unwrap();
+            }
+            let known = || Workspace::committed(&destination, Kind::Folder, id, &begin()).unwrap();
+            assert_eq!(
+                known(),
+                Some(vec![Line::Committing { inode }; has_journal as usize])
+            );
+            assert!(!done.exists());
+            assert_eq!(known(), None);
+            fs::remove_dir(&destination).unwrap();
+        }
     }
 }
