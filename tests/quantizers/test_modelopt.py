@@ -375,6 +375,14 @@ def test_device_maps(tmp_path, kind, device_map):
         assert torch.equal(one, other)
 
 
+def test_the_type_of_a_model_is_not_that_of_its_codes(tmp_path):
+    # diffusers and transformers take the first floating parameter for it, and cast inputs to that.
+    model = load(save(tmp_path / "net", make()), Config("FP8"), torch_dtype=torch.bfloat16)
+    assert model.wide.weight.dtype == torch.float8_e4m3fn
+    assert next(one.dtype for one in model.parameters() if one.is_floating_point()) == torch.bfloat16
+    assert model.state_dict()["wide.weight"].is_floating_point()
+
+
 def test_nothing_is_printed(tmp_path, capsys):
     load(save(tmp_path / "net", make()), Config("INT4"))(inputs())
     assert capsys.readouterr().out == ""

@@ -138,6 +138,17 @@ def test_quantizers_of_a_layer():
         attributes([{"quantizer_name": "*", "cfg": [{}, {}]}], "a", "weight_quantizer", linear)
 
 
+def test_a_section_of_an_export_leads_to_its_own_classes():
+    from weightpack.quantizers import auto
+
+    section = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    for config in (AutoQuantizer.from_dict(section), Config.from_dict(section)):
+        assert type(config) is auto.config_class("modelopt_export")
+        assert type(AutoQuantizer.from_config(config)) is auto.quantizer_class("modelopt_export")
+    with pytest.warns(UserWarning, match="its own quantization config is used"):
+        assert AutoQuantizer.merge_quantization_configs(section, Config("FP8")) == config
+
+
 def test_making_one_loads_neither_torch_nor_modelopt():
     code = (
         "import sys, weightpack as wp\n"

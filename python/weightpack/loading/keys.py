@@ -30,6 +30,11 @@ class Logical:
         return bool(self.parts)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all components as they are stored."""
+        return sum(int(entry.parts[number].nbytes) for entry, number in self.parts.values())
+
+    @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of the weights, where it is known before they are read."""
         return None if self.entry is None else self.entry.shape

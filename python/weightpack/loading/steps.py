@@ -96,7 +96,9 @@ class Loading:
         self.info = self._plan.info
         if quantizer is not None:
             targets = self._plan.targets
-            quantizer.entries = {target.name: self._logical[target.sources[0]].entry for target in targets}
+            logical = {target.name: self._logical[target.sources[0]] for target in targets}
+            quantizer.entries = {name: tensor.entry for name, tensor in logical.items()}
+            quantizer.stored_bytes = {name: tensor.stored_bytes for name, tensor in logical.items() if tensor.is_packed}
         self._in_fp32 = [*self._host.keep_in_fp32(self.model, self._dtype), *keep_in_fp32]
         self._matcher = Matcher(self._in_fp32)
 

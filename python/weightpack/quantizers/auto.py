@@ -27,7 +27,13 @@ BACKENDS: dict[str, tuple[str, str, str]] = {
 }
 """Name of each quantizer: module of this package, its quantizer class, its config class."""
 
-FILES_BESIDE = {"quanto_qmap.json": "quanto"}
+FORMS: dict[str, tuple[str, str, str]] = {
+    "modelopt_export": ("modelopt_export", "ModelOptExportQuantizer", "ModelOptExportConfig"),
+}
+"""Second forms of a backend's checkpoints, alike. Their `quant_method` is the backend's, whose config class
+knows them; nobody asks for one by name."""
+
+FILES_BESIDE = {"quanto_qmap.json": "quanto", "hf_quant_config.json": "modelopt_export"}
 """Files in which backends themselves say next to the weights how these are packed, and the quantizer."""
 
 _registered: dict[str, tuple[type[Quantizer], type[QuantizationConfig]]] = {}
@@ -39,7 +45,7 @@ def register_quantizer(name: str, quantizer: type[Quantizer], config: type[Quant
     `config.quantizer_name` must give `name`. Raises `ConfigError` for a name that is taken, or for
     classes that are not derived from `Quantizer` and `QuantizationConfig`.
     """
-    if name in quantizer_names():
+    if name in quantizer_names() or name in FORMS:
         raise ConfigError(f'quantizer "{name}" is there already')
     if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
         raise ConfigError(f'quantizer "{name}": {quantizer!r} is not derived from Quantizer')
@@ -78,9 +84,9 @@ def config_class(name: str) -> type[QuantizationConfig]:
 
 
 def _row(name: str) -> tuple[str, str, str]:
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in FORMS:
         raise ConfigError(f'quantization method "{name}" is none of {", ".join(_methods())}')
-    return BACKENDS[name]
+    return BACKENDS.get(name) or FORMS[name]
 
 
 def _methods() -> list[str]:

@@ -86,6 +86,8 @@ class Quantizer(ABC):
         self.quantized: dict[str, type] = {}
         self.torch_dtype: Any = None
         self.device_map: Any = None
+        self.stored_bytes: dict[str, int] = {}
+        """Bytes of each parameter that the checkpoint holds packed, all components together."""
 
     # Before the model is built.
 
@@ -163,9 +165,11 @@ class Quantizer(ABC):
 
     def packed_bytes(self, model: Any, name: str) -> int | None:
         """Bytes that parameter `name` takes once it is packed, statistics included; `None` where it is
-        not packed. By default what `packing` says."""
+        not packed. By default what the checkpoint holds, or what `packing` says."""
         if not self.check_if_quantized_param(model, name):
             return None
+        if name in self.stored_bytes:
+            return self.stored_bytes[name]
         chosen = self.packing(model, name)
         shape = self.weight_shape(model, name)
         if chosen is None or shape is None:

@@ -20,6 +20,8 @@ What differs from ModelOpt 0.47, and from diffusers 0.42.1 with it:
 - An unknown `quant_type` is an error, and not FP8 with a warning; a skip list is not written into.
 - NF4 weights of more than one block of scales cannot be decoded by ModelOpt 0.47; here they are.
 - Zero rows and weights give zeros where ModelOpt 0.47 stores NaN; what is not finite is refused.
+
+Checkpoints in the form that vLLM, TensorRT-LLM and SGLang read are those of `modelopt_export`.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._lazy import require
-from ..errors import BackendError, CheckpointError, ConfigError
+from ..errors import BackendError, ConfigError
 from .base import Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of, one_of
-from .modelopt_entries import default_entries, normalised, own_entries
+from .modelopt_entries import default_entries, normalised, own_entries, refuse_bare_codes
 
 WEIGHTS = ("FP8", "INT8", "INT4", "NF4", "NVFP4")
 ACTIVATIONS = ("FP8", "INT8", "INT4", "NVFP4")
 """NF4 has no activations: ModelOpt knows it for weights alone."""
 _SCALED_TWICE = ("NF4", "NVFP4")
+_EXPORT_KEYS = ("quant_algo", "config_groups", "quantization")
 _STORED = ("weight_quantizer", "input_quantizer")
 _PURPOSE = "run ModelOpt weights"
 
@@ -158,6 +161,18 @@ class NVIDIAModelOptConfig(QuantizationConfig):
         return _written(super().to_diff_dict())
 
     @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], *, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A config from a dictionary of diffusers or of this class.
+
+        The section of an exported checkpoint (`quant_algo`, `config_groups`) gives a `ModelOptExportConfig`.
+        """
+        if cls is NVIDIAModelOptConfig and any(key in config_dict for key in _EXPORT_KEYS):
+            from .modelopt_export import ModelOptExportConfig
+
+            return ModelOptExportConfig.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
     def _read(cls, config_dict: Mapping[str, Any]) -> dict[str, Any]:
         fields = dict(config_dict)
         # diffusers keeps its `algorithm` under another name.
@@ -165,13 +180,6 @@ class NVIDIAModelOptConfig(QuantizationConfig):
         if isinstance(calibration, Mapping) and calibration.get("method") is not None:
             fields.setdefault("algorithm", calibration["method"])
         return super()._read(fields)
-
-
-def refuse_bare_codes(entries: Mapping[str, Any], packed: Collection[str]) -> None:
-    """Raises `CheckpointError` for a weight that is stored as codes, and is not among the `packed` ones."""
-    for name, entry in entries.items():
-        if name.endswith("weight") and name not in packed and getattr(entry, "dtype", None) in ("F8_E4M3", "I8", "U8"):
-            raise CheckpointError(f'"{name}" is stored as {entry.dtype}, and has no scale')
 
 
 def _written(fields: dict[str, Any]) -> dict[str, Any]:

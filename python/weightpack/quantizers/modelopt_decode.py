@@ -1,23 +1,24 @@
 """Weights that ModelOpt packed, as numbers: the same values on every device, in bounded memory.
 
-Values are those of ModelOpt 0.47's own decoders, operation by operation; that it cannot run one of them
-(NF4 with more than one block of scales) or makes 64-bit numbers on the way (INT4, NVFP4) is avoided.
+Values of the forms that ModelOpt runs itself are those of ModelOpt 0.47's decoders, operation by operation;
+that it cannot run one of them (NF4 with more than one block of scales) or makes 64-bit numbers on the way
+(INT4, NVFP4) is avoided. Exported forms are computed in float32 and rounded once.
 Every function takes the stored codes and scales, and gives a tensor of `dtype` on their device.
 
 | form | codes | value |
 |---|---|---|
-| FP8, INT8 | one a byte | code * scale, both first rounded to `dtype` |
 | INT4 | uint8, even element high | (code - 8) / scale: the scale is stored inverted, one a block of the flat weight |
 | NF4 | uint8, even element high | table[code] * (scale / double_scale + scale_zeros), blocks of the flat weight |
 | NVFP4 | uint8, even element low | e2m1[code] * (scale * double_scale), blocks along the last axis |
-| INT4, exported | uint8, even row low, two's complement | code * scale, blocks along the last axis |
+| exported FP8, INT8, MXFP8 | one a byte | code * scale |
+| exported INT4 | uint8, even row low, two's complement | code * scale, blocks along the last axis |
 | MXFP4 | uint8, even element low | e2m1[code] * 2 ** (scale - 127), blocks of 32 |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._lazy import require
@@ -30,19 +31,6 @@ NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 
        0.7230, 1.0)  # fmt: skip
 """ModelOpt's table; it is used rounded to bfloat16."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-
-def scaled(codes: Any, scale: Any, dtype: Any, blocks: Mapping[int, int] | None = None) -> Any:
-    """FP8 and INT8 codes [...] times `scale`, which has one number, or one where the codes' axes differ.
-
-    With `blocks` (axis to size) scale has one number for each block, and edge blocks may be partial.
-    """
-    if not blocks:
-        return codes.to(dtype) * scale.to(codes.device, dtype)
-    scale = scale.to(codes.device)
-    for axis, size in blocks.items():
-        scale = scale.repeat_interleave(size, dim=axis).narrow(axis, 0, codes.shape[axis])
-    return codes.to(dtype) * scale.to(dtype)
 
 
 def int4(codes: Any, scale: Any, shape: Sequence[int], dtype: Any, block: int) -> Any:
@@ -94,9 +82,51 @@ def mxfp4(codes: Any, scale: Any, shape: Sequence[int], dtype: Any, block: int =
 def int4_rows(codes: Any, scale: Any, dtype: Any) -> Any:
     """Exported INT4: `codes` [N / 2, K] with rows 2n low and 2n + 1 high, `scale` [N, K / block]."""
     halves = torch.stack([codes & 15, codes >> 4], dim=1).reshape(-1, codes.shape[-1]).to(torch.int8)
-    values = halves - ((halves & 8) << 1)
-    size = values.shape[-1] // scale.shape[-1]
-    return scaled(values, scale, dtype, {1: size})
+    return exported(halves - ((halves & 8) << 1), scale, dtype)
+
+
+def exported(codes: Any, scale: Any, dtype: Any) -> Any:
+    """Codes [N, K] times `scale`: one number, one a row, or one a block; rounded once, to `dtype`.
+
+    Blocks are [N / b, K / c] or [N / b, 1, K / c, 1]; those at the edges may be partial.
+    """
+    sizes = blocks_of(tuple(scale.shape), tuple(codes.shape))
+    assert sizes is not None
+    rows, columns = sizes
+    scale = scale.to(codes.device, torch.float32).reshape(-(-codes.shape[0] // rows), -1)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    step = max(SLAB_WEIGHTS // (codes.shape[1] * rows), 1) * rows
+    for first in range(0, codes.shape[0], step):
+        part = codes[first : first + step].to(torch.float32)
+        factors = scale[first // rows : -(-(first + len(part)) // rows)]
+        if rows > 1 and len(scale) > 1:
+            factors = factors.repeat_interleave(rows, dim=0)[: len(part)]
+        if columns > 1 and scale.shape[1] > 1:
+            factors = factors.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]
+        out[first : first + step] = part * factors
+    return out
+
+
+def blocks_of(scales: Sequence[int], shape: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, by the shapes of the scales and the weight; `None`: they do not fit."""
+    rows, columns = shape
+    if math.prod(scales) == 1:
+        return rows, columns
+    if len(scales) == 4 and scales[1] == scales[3] == 1:
+        scales = (scales[0], scales[2])
+    if len(scales) == 1:
+        scales = (scales[0], 1)
+    if len(scales) != 2:
+        return None
+    found = [_block(count, size) for count, size in zip(scales, (rows, columns), strict=True)]
+    return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def _block(count: int, size: int) -> int:
+    """Length of `count` blocks along an axis of `size`; 128 where the last may be partial, 0 for none."""
+    if count and -(-size // 128) == count:
+        return 128 if count > 1 else size
+    return size // count if count and size % count == 0 else 0
 
 
 def _nibbles(packed: Any, *, high_first: bool) -> Any:

@@ -12,11 +12,11 @@ what ModelOpt expects.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .._lazy import require
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 NUM_BITS: dict[str, Any] = {"FP8": (4, 3), "INT8": 8, "INT4": 4, "NF4": 4, "NVFP4": (2, 1)}
 """ModelOpt's name of each type: bits, or exponent and mantissa bits."""
@@ -165,3 +165,10 @@ def _restored(value: Any, key: str = "") -> Any:
 
 def _axis(key: Any) -> Any:
     return int(key) if isinstance(key, str) and key.lstrip("-").isdigit() else key
+
+
+def refuse_bare_codes(entries: Mapping[str, Any], packed: Collection[str]) -> None:
+    """Raises `CheckpointError` for a weight that is stored as codes, and is not among the `packed` ones."""
+    for name, entry in entries.items():
+        if name.endswith("weight") and name not in packed and getattr(entry, "dtype", None) in ("F8_E4M3", "I8", "U8"):
+            raise CheckpointError(f'"{name}" is stored as {entry.dtype}, and has no scale')

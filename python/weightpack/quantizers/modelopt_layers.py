@@ -63,6 +63,14 @@ class _NvFp4(qtensor.NVFP4QTensor):  # type: ignore[misc]
         return modelopt_decode.nvfp4(self._quantized_data, *parts, self.metadata["shape"], chosen, block)
 
 
+class _Codes(qtensor.QTensorWrapper):  # type: ignore[misc]
+    """A packed weight. Codes are no floating numbers, and the type of a model (`model.dtype`, as hosts tell
+    it from parameters) is not theirs; nor are they cast with the model."""
+
+    def is_floating_point(self) -> bool:
+        return False
+
+
 _CLASSES = {
     "fp8": qtensor.FP8QTensor,
     "int8": qtensor.INT8QTensor,
@@ -309,7 +317,7 @@ def install(layer: Any, packed: Any, scales: Mapping[str, Any], *, device: Any) 
     """Puts a packed weight and its scales into a layer, on `device`."""
     quantizer = layer.weight_quantizer
     data = packed._quantized_data.to(device)
-    wrapper = qtensor.QTensorWrapper(type(packed)(packed.metadata["shape"], packed.metadata["dtype"], data))
+    wrapper = _Codes(type(packed)(packed.metadata["shape"], packed.metadata["dtype"], data))
     layer._parameters["weight"] = wrapper
     for name, value in scales.items():
         quantizer._buffers.pop(name, None)
