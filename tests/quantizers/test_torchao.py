@@ -37,9 +37,9 @@ RUNNING = {
 ERROR = {"intx2": 0.9, "intx3": 0.35, "intx4": 0.15, "int8_dynamic_int4": 0.15, "nvfp4": 0.2}
 
 
-def net(dtype=torch.bfloat16, seed=0):
+def net(dtype=torch.bfloat16, seed=0, width=64):
     torch.manual_seed(seed)
-    return Net().to(dtype).eval()
+    return Net(width).to(dtype).eval()
 
 
 # The config.
@@ -411,8 +411,8 @@ def test_on_cuda_layers_are_torchaos_own_and_run(name):
         with pytest.raises(BackendError, match="capability"):
             AutoQuantizer.from_config(config, pre_quantized=False).validate_environment()
         return
-    model, own = net().to("meta"), net().cuda()
-    weights = net().state_dict()
+    model, own = net(width=256).to("meta"), net(width=256).cuda()
+    weights = net(width=256).state_dict()
     linear = torch.nn.Linear
     quantization.quantize_(own, config.build(), filter_fn=lambda m, path: isinstance(m, linear) and path != "odd")
     quantizer = AutoQuantizer.from_config(config, pre_quantized=False)
@@ -428,7 +428,7 @@ def test_on_cuda_layers_are_torchaos_own_and_run(name):
             )
     assert assert_same(model, own) == 2
     assert torch.equal(model(TOKENS.cuda()), own(TOKENS.cuda()))
-    decoded = {path: net().get_submodule(path).weight.float() for path in ("up", "down")}
+    decoded = {path: net(width=256).get_submodule(path).weight.float() for path in ("up", "down")}
     quantizer.dequantize(model, dtype=torch.float32)
     for path, full in decoded.items():
         assert (model.get_submodule(path).weight.cpu() - full).norm() / full.norm() < 0.15
@@ -436,12 +436,12 @@ def test_on_cuda_layers_are_torchaos_own_and_run(name):
 
 @pytest.mark.cuda
 def test_weights_for_the_cpu_are_packed_on_cuda_where_only_that_packs():
-    model = net().to("meta")
+    model = net(width=256).to("meta")
     quantizer = AutoQuantizer.from_config(wp.TorchAoConfig("int4"), pre_quantized=False)
     quantizer.validate_environment(device_map={"": "cpu"})
     quantizer.update_torch_dtype(torch.bfloat16)
     quantizer.preprocess_model(model)
-    full = net().up.weight.detach()
+    full = net(width=256).up.weight.detach()
     quantizer.create_quantized_param(model, "up.weight", full, device="cpu", dtype=torch.bfloat16)
     assert model.up.weight.device.type == "cpu"
     assert model.up.weight.qdata.dtype == torch.int32
@@ -453,7 +453,7 @@ def test_weights_for_the_cpu_are_packed_on_cuda_where_only_that_packs():
 @pytest.mark.parametrize("name", ["int8", "float8", "int4", "nvfp4"])
 def test_layers_on_the_cpu_and_on_cuda_run_together(tmp_path, name):
     nets = pytest.importorskip("tests.loading.nets")
-    folder = nets.save(tmp_path / "net", nets.make(dtype=torch.bfloat16))
+    folder = nets.save(tmp_path / "net", nets.make(dtype=torch.bfloat16, width=256), width=256)
     config = wp.TorchAoConfig(name, ["head"])
     one = wp.from_pretrained(nets.Net, folder, quantization_config=config, device_map="cuda")
     two = wp.from_pretrained(nets.Net, folder, quantization_config=config, device_map={"": "cuda", "blocks.0": "cpu"})

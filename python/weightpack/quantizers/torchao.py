@@ -165,7 +165,7 @@ class TorchAoQuantizer(Quantizer):
             )
         if not self.pre_quantized:
             for config in forms.configs_in(self._config()):
-                demands.check_machine(config)
+                demands.check_machine(config, device_map)
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
         """The caller's choice, or bfloat16. `ConfigError` where the config packs other types only."""

@@ -6,6 +6,7 @@ weight before anything is read, and only what really fails is refused, with the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .._lazy import is_installed, require
@@ -28,23 +29,26 @@ def accelerator() -> Any:
 
 
 def place(config: Any, device: Any) -> Any:
-    """The device to pack on for a weight that is to live on `device`. Raises `BackendError`."""
+    """The device to pack on for a weight that is to live on `device`. Raises `BackendError`.
+
+    An accelerator is not touched for a weight on the CPU that the CPU packs.
+    """
     torch = require("torch", _PURPOSE)
+    failed = trial(config, _shape(config), torch.bfloat16, device)
+    if not isinstance(failed, Exception):
+        return device
     other = torch.device("cpu") if device.type != "cpu" else accelerator()
-    failed: Exception | None = None
-    for one in (device, other):
-        if one is None:
-            continue
-        made = trial(config, _shape(config), torch.bfloat16, one)
-        if not isinstance(made, Exception):
-            return one
-        failed = failed or made
+    if other is not None and not isinstance(trial(config, _shape(config), torch.bfloat16, other), Exception):
+        return other
     raise _lacking(config, failed)
 
 
-def check_machine(config: Any) -> None:
-    """Raises `BackendError` if nothing in this machine packs by `config`."""
-    place(config, accelerator() or require("torch", _PURPOSE).device("cpu"))
+def check_machine(config: Any, device_map: Any) -> None:
+    """Raises `BackendError` if nothing in this machine packs by `config` for the devices of `device_map`."""
+    devices = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    elsewhere = any(device is not None and str(device) not in ("cpu", "disk") for device in devices)
+    cpu = require("torch", _PURPOSE).device("cpu")
+    place(config, (accelerator() if elsewhere else None) or cpu)
 
 
 def check_dtype(config: Any, dtype: Any) -> None:
@@ -100,7 +104,7 @@ def _packing(config: Any) -> str:
     return str(getattr(packing, "value", packing))
 
 
-def _lacking(config: Any, error: Exception | None) -> BackendError:
+def _lacking(config: Any, error: Exception) -> BackendError:
     """The error for a config that nothing here packs by."""
     kind = type(config).__name__
     hint: str | None = None
