@@ -183,6 +183,39 @@ def test_what_is_saved_loads_with_and_without(peer, tmp_path, name, options):
     assert_same(peer, wp.from_pretrained(cls, tmp_path / "packed"), ours)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_model_that_has_run_is_saved_as_it_was_loaded(peer, tmp_path, registered, double_quant):
+    """bitsandbytes' own layers turn their weights round when they run on some CPUs, and are saved so."""
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", "llama")
+    config = wp.BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype="bfloat16")
+    fresh, run = (cls.from_pretrained(tmp_path / "m", quantization_config=config) for _ in range(2))
+    output(peer, run)
+    assert_same(peer, run, fresh)
+    run.save_pretrained(tmp_path / "packed")
+    wp.integrations.transformers.unregister()
+    assert_same(peer, cls.from_pretrained(tmp_path / "packed"), fresh)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", BITSANDBYTES.values(), ids=BITSANDBYTES)
+def test_a_gpu_gets_the_bytes_that_are_packed_on_the_cpu(peer, tmp_path, registered, options):
+    torch = peer("torch")
+    peer("bitsandbytes")
+    cls = save(peer, tmp_path / "m", "llama")
+    config = wp.BitsAndBytesConfig(**options)
+    there = cls.from_pretrained(tmp_path / "m", quantization_config=config, device_map={"": 0})
+    here = cls.from_pretrained(tmp_path / "m", quantization_config=config, device_map="cpu")
+    assert {value.device.type for value in there.parameters()} == {"cuda"}
+    expected = output(peer, here)
+    ids = torch.arange(24, device=0).reshape(2, 12) % 128
+    with torch.no_grad():
+        found = there(input_ids=ids).logits.float().cpu()
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    there.save_pretrained(tmp_path / "there")
+    assert_same(peer, cls.from_pretrained(tmp_path / "there", device_map="cpu"), here)
+
+
 def test_what_transformers_saved_loads_through_weightpack(peer, tmp_path):
     peer("bitsandbytes")
     cls = save(peer, tmp_path / "m", "llama")
