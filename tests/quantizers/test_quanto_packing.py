@@ -54,7 +54,7 @@ def theirs(weight, weights):
     return {"_data": pack_weights(codes, qtype.bits), "_scale": scale, "_shift": shift}
 
 
-@pytest.mark.parametrize("chunk", [1 << 10, 1 << 21])
+@pytest.mark.parametrize("chunk", [1 << 10, 1 << 22])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bytes_are_those_of_the_library(weights, dtype, chunk, monkeypatch):

@@ -16,6 +16,7 @@ from .._lazy import require
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from .base import Quantizer, Requirement
 from .config import QuantizationConfig, QuantizationMethod, names_of, one_of
+from .dtypes import torch_dtype
 from .modules import owner, replace_layers
 
 WEIGHTS = ("int8", "int4", "int2", "float8")
@@ -218,6 +219,7 @@ class QuantoQuantizer(Quantizer):
         """Puts ordinary layers in place; weights are computed in float32 and rounded once to `dtype`."""
         from .quanto_layers import plain_layer
 
+        dtype = None if dtype is None else torch_dtype(dtype)
         replace_layers(model, lambda path, module: plain_layer(module, dtype) if path in self.quantized else None)
         self.quantized = {}
         return model

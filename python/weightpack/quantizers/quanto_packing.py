@@ -36,8 +36,8 @@ CODE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "int4": torch.
 """Element type of `_data`."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMITS = {"int8": (-128.0, 127.0), "float8": (-448.0, 448.0)}
-_CHUNK_WEIGHTS = 1 << 21
-"""Weights encoded at a time: temporaries stay below some ten megabytes."""
+_CHUNK_WEIGHTS = 1 << 22
+"""Weights encoded at a time: bounds the temporaries to some tens of megabytes."""
 
 
 def group_size(shape: Sequence[int], weights: str) -> int | None:
@@ -151,13 +151,14 @@ def _encode_bytes(weight: Any, weights: str, dtype: Any, name: str) -> dict[str,
     scale = torch.empty((rows.shape[0], 1), dtype=dtype, device=weight.device)
     for start, end in _chunks(*rows.shape):
         part = rows[start:end].to(dtype)
-        part_scale = part.abs().amax(dim=1, keepdim=True) / high
+        smallest, largest = torch.aminmax(part, dim=1, keepdim=True)
+        part_scale = torch.maximum(-smallest, largest) / high
         _check_finite(part_scale, weight, weights, dtype, name)
         codes = part / part_scale
         if weights == "int8":
-            codes = codes.round_()
+            codes.round_()
         # 0 / 0 in rows of zeros: NaN has no defined integer, and is no zero in float8.
-        data[start:end] = torch.nan_to_num_(codes, nan=0.0, posinf=high, neginf=low).clamp_(low, high)
+        data[start:end] = _without_nan(codes, part_scale).clamp_(low, high)
         scale[start:end] = part_scale
     shapes = component_shapes(weight.shape, weights)
     return {"_data": data.reshape(shapes["_data"]), "_scale": scale.reshape(shapes["_scale"])}
@@ -182,10 +183,10 @@ def _encode_bits(weight: Any, weights: str, dtype: Any, name: str) -> dict[str, 
             part_scale = (part.amax(dim=dims, keepdim=True) - smallest) / (2**bits - 1)
             _check_finite(part_scale, weight, weights, dtype, name)
             part_shift = -smallest
-            codes = ((part + part_shift) / part_scale).round_()
+            codes = (part + part_shift).div_(part_scale).round_()
             # 0 / 0 in constant groups, which the shift alone gives back.
-            codes = torch.nan_to_num_(codes, nan=0.0).clamp_(0, 2**bits - 1).to(torch.uint8)
-            packed[start:end] |= codes << (bits * place)
+            codes = _without_nan(codes, part_scale).clamp_(0, 2**bits - 1).to(torch.uint8)
+            packed[start:end] |= codes << (bits * place) if place else codes
             scale[first + start : first + end] = part_scale
             shift[first + start : first + end] = part_shift
     return {"_data": packed, "_scale": scale, "_shift": shift}
@@ -200,6 +201,11 @@ def _grouped(shape: Sequence[int], weights: str) -> tuple[int, tuple[int, ...]]:
 def _chunks(rows: int, row_weights: int) -> Any:
     step = max(1, _CHUNK_WEIGHTS // row_weights)
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _without_nan(codes: Any, scale: Any) -> Any:
+    """Quotients with zeros in the place of NaN, which only scales of zero make."""
+    return torch.nan_to_num_(codes, nan=0.0) if (scale == 0).any() else codes
 
 
 def _check_finite(scale: Any, weight: Any, weights: str, dtype: Any, name: str) -> None:

@@ -43,13 +43,22 @@ def unpack_rows(packed: Any) -> Any:
     block = _block_rows()
     codes = torch.empty((rows, columns), dtype=torch.uint8)
     flat = packed.reshape(-1)
-    for start in range(0, rows, block):
-        end = min(start + block, rows)
-        stored = flat[start * columns // 2 : end * columns // 2].reshape(columns, -1)
-        # Two rows of one column for each byte: the low nibbles first, as `_order` has them.
-        nibbles = torch.cat([stored & 15, stored >> 4], dim=1)
-        codes[start:end] = nibbles[:, _order(end - start)].t()
+    for start in range(0, rows, _CHUNK_ROWS):
+        end = min(start + _CHUNK_ROWS, rows)
+        whole = start + (end - start) // block * block
+        for first, last, height in ((start, whole, block), (whole, end, end - whole)):
+            if first < last:
+                stored = flat[first * columns // 2 : last * columns // 2]
+                _unpack_blocks(stored.view(-1, columns, height // 2), codes[first:last].view(-1, height, columns))
     return codes
+
+
+def _unpack_blocks(stored: Any, codes: Any) -> None:
+    """Blocks as they are kept (bytes [blocks, K, rows / 2]) to codes [blocks, rows, K]."""
+    low, high = _rows_of_nibbles(codes.shape[1])
+    pairs = stored.transpose(1, 2)
+    codes[:, low] = pairs & 15
+    codes[:, high] = pairs >> 4
 
 
 def mid_of(scale: Any, shift: Any) -> Any:
@@ -77,14 +86,11 @@ def _block_rows() -> int:
 
 
 @lru_cache(maxsize=8)
-def _order(rows: int) -> Any:
-    """For each row of a block of `rows`, where its nibble is: the low nibbles count from 0, then the high ones."""
+def _rows_of_nibbles(rows: int) -> tuple[Any, Any]:
+    """The row of each low nibble and of each high one, in a block of `rows`."""
     ids = torch.arange(rows, dtype=torch.uint8)[:, None].expand(rows, _SAMPLE_COLUMNS)
-    found = []
-    for digit in (ids & 15, ids >> 4):
-        stored = pack_rows(digit).reshape(-1)[: rows // 2]
-        found.append(torch.cat([stored & 15, stored >> 4]))
-    order = torch.argsort(found[0].to(torch.int64) + 16 * found[1].to(torch.int64))
-    if not torch.equal(found[0][order] + 16 * found[1][order], torch.arange(rows, dtype=torch.uint8)):
-        raise BackendError(f"torch {torch.__version__} keeps 4-bit weights in a form that is not known")
-    return order
+    ones, sixteens = (pack_rows(digit).reshape(-1)[: rows // 2].to(torch.int64) for digit in (ids & 15, ids >> 4))
+    low, high = (ones & 15) + 16 * (sixteens & 15), (ones >> 4) + 16 * (sixteens >> 4)
+    if not torch.equal(torch.cat([low, high]).sort().values, torch.arange(rows)):
+        raise BackendError(f"torch {torch.__version__} keeps 4-bit weights in a form that is new")
+    return low, high
