@@ -20,7 +20,7 @@ from tests.quantizers.quanto_models import (  # noqa: E402
     load,
     load_packed,
 )
-from weightpack.errors import CheckpointError, FormatError  # noqa: E402
+from weightpack.errors import CheckpointError, ConfigError, FormatError  # noqa: E402
 
 
 class Tree(torch.nn.Module):
@@ -204,6 +204,30 @@ def test_dequantize(weights, dtype):
         value = model.get_parameter(name).float()
         assert (value - plain[name].float()).norm() < ERROR[weights] * plain[name].float().norm()
     assert not quantizer.check_if_quantized_param(model, "up.weight")
+
+
+@pytest.mark.parametrize("off", ["cpu", "disk"])
+def test_offloaded_layers_are_not_packed(off):
+    # Both hosts refuse the whole map.
+    model = Tree()
+    quantizer = wp.AutoQuantizer.from_config(wp.QuantoConfig(), pre_quantized=False)
+    quantizer.device_map = {"": "cuda:0", "blocks.2": off}
+    quantizer.validate_environment(device_map=quantizer.device_map)
+    quantizer.preprocess_model(model)
+    assert "blocks.2.up" not in packed_layers(model)
+    assert {"blocks.1.up", "blocks.10.up", "proj"} <= packed_layers(model)
+    quantizer.device_map = {"": "cpu", "blocks.2": "cpu"}
+    quantizer.preprocess_model(everywhere := Tree())
+    assert "blocks.2.up" in packed_layers(everywhere)
+
+
+def test_packed_layers_are_not_offloaded():
+    quantizer = wp.AutoQuantizer.from_config(wp.QuantoConfig())
+    quantizer.device_map = {"": "cpu", "down": "disk"}
+    quantizer.preprocess_model(Net(), packed={"up.weight"})
+    assert set(quantizer.quantized) == {"up"}
+    with pytest.raises(ConfigError, match='device_map offloads "down" to the CPU or disk'):
+        quantizer.preprocess_model(Net(), packed={"up.weight", "down.weight"})
 
 
 def test_what_it_can_do():

@@ -131,11 +131,3 @@ def test_an_old_library_is_named():
     with pytest.raises(BackendError, match=r"optimum-quanto 0\.2\.5 is too old") as raised:
         check_version(Requirement("optimum.quanto", "0.2.6", "run quanto weights"), "0.2.5")
     assert "optimum-quanto>=0.2.6" in str(raised.value.hint)
-
-
-def test_packed_weights_on_disk_are_refused(peer):
-    peer("optimum.quanto")
-    quantizer = wp.AutoQuantizer.from_config(wp.QuantoConfig())
-    with pytest.raises(UnsupportedError, match="offloaded to disk"):
-        quantizer.validate_environment(device_map={"a": "cpu", "b": "disk"})
-    quantizer.validate_environment(device_map={"a": "cpu", "b": "cuda:0"})

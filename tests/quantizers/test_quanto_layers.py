@@ -25,6 +25,7 @@ from tests.quantizers.quanto_models import (  # noqa: E402
     with_library_unpack,
 )
 from weightpack.quantizers import quanto_layers  # noqa: E402
+from weightpack.quantizers import quanto_packing as packing  # noqa: E402
 
 WIDTHS = [(48, 80), (80, 1008), (256, 384), (128, 2736)]
 """Input and inner features; all are taken by the library's kernels."""
@@ -57,11 +58,17 @@ def test_states_and_outputs_are_those_of_the_library(weights, dtype, monkeypatch
 
 
 def test_int4_in_bfloat16_is_kept_for_the_kernel():
-    ours, _ = packed_both("int4", torch.bfloat16, 256, 384)
-    assert type(ours.up.weight).__name__ == "TinyGemmWeightQBitsTensor"
-    stored = ours.state_dict()["up.weight._shift"]
-    raw = wp.quantizers.quanto_packing.encode(Net(256, 384).up.weight.bfloat16(), "int4")["_shift"]
-    assert stored.shape == raw.shape
+    torch.manual_seed(0)
+    net = Net(256, 384).bfloat16()
+    with torch.no_grad():
+        net.up.weight += 0.1
+    raw = packing.encode(net.up.weight, "int4")["_shift"]
+    load(net, wp.QuantoConfig("int4"), dtype=torch.bfloat16)
+    assert type(net.up.weight).__name__ == "TinyGemmWeightQBitsTensor"
+    stored = net.state_dict()["up.weight._shift"]
+    # What is saved went through the kernel's bfloat16, and back.
+    assert not torch.equal(stored, raw)
+    assert torch.allclose(stored, raw, atol=2e-3)
 
 
 @pytest.mark.parametrize("features", [(256, 24), (384, 1), (128, 17)])
@@ -150,16 +157,42 @@ def test_gradients_of_the_input(weights, dtype):
         x = torch.randn(2, 5, width, dtype=dtype, requires_grad=True)
         weight = torch.randn(2, 5, inner, dtype=dtype)
         (net(x) * weight).sum().backward()
-        decoded = quantizer.dequantize(copy_of(net))[0].weight
+        decoded = quantizer.dequantize(copy.deepcopy(net))[0].weight
         expected = weight @ decoded
         assert (x.grad - expected).float().norm() < 0.02 * expected.float().norm()
         assert torch.allclose(net[0].bias.grad.float(), weight.float().sum((0, 1)), rtol=0.1, atol=0.1)
         assert net[0].weight.grad is None
 
 
-def copy_of(net):
-    """A net of the same layers; quanto's tensors do not take part in `deepcopy`."""
-    return torch.nn.Sequential(*net)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_copies_and_casts(weights, dtype):
+    """The library's tensors cannot be copied, and a cast leaves a model half done."""
+    torch.manual_seed(0)
+    net = Net(256, 384).to(dtype)
+    load(net, wp.QuantoConfig(weights), dtype=dtype)
+    copied = copy.deepcopy(net)
+    x = torch.randn(3, 256, dtype=dtype)
+    assert_equal_states(copied.state_dict(), net.state_dict())
+    assert copied.up.weight._data is not net.up.weight._data
+    assert list(dict(copied.named_parameters())) == list(dict(net.named_parameters()))
+    assert torch.equal(copied(x), net(x))
+    weight = net.up.weight
+    assert net.to("cpu").up.weight is weight
+    copied.to(torch.float16)
+    assert {value.dtype for value in copied.parameters()} == {torch.float16}
+    out = copied(x.half()).float()
+    assert (out - net(x).float()).norm() < 0.03 * out.norm()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_compiled_models(weights):
+    torch.manual_seed(0)
+    net = Net(256, 384).bfloat16()
+    load(net, wp.QuantoConfig(weights), dtype=torch.bfloat16)
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(net, backend="aot_eager")(x), net(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

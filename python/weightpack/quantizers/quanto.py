@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from .._lazy import require
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..placement import Placement
 from .base import Quantizer, Requirement
 from .config import QuantizationConfig, QuantizationMethod, names_of, one_of
 from .dtypes import torch_dtype
@@ -118,16 +119,15 @@ class QuantoQuantizer(Quantizer):
         super().__init__(config, pre_quantized=pre_quantized)
         self._packed: Collection[str] | None = None
 
-    def validate_environment(self, *, torch_dtype: Any = None, device_map: Any = None) -> None:
-        """Raises `BackendError` where optimum-quanto is missing or too old, `UnsupportedError` for offload to disk."""
-        super().validate_environment(torch_dtype=torch_dtype, device_map=device_map)
-        if isinstance(device_map, Mapping):
-            disk = sorted(path for path, device in device_map.items() if device == "disk")
-            if disk and self.pre_quantized:
-                raise UnsupportedError(
-                    f'quanto: packed weights cannot be offloaded to disk, device_map has it for "{disk[0]}"',
-                    hint="use cpu in the place of disk: packed weights are small",
-                )
+    def is_offloaded(self, path: str) -> bool:
+        """On disk, and on the CPU where an accelerator runs the rest: accelerate's hooks cannot move quanto's
+        tensors back and forth, so these layers stay as they are."""
+        if super().is_offloaded(path):
+            return True
+        if not isinstance(self.device_map, Mapping):
+            return False
+        placement = Placement(self.device_map)
+        return placement.has_accelerator and placement.of(path) == "cpu"
 
     def weights_of(self, path: str) -> str:
         """The type of the weights of the layer at `path`."""
@@ -141,8 +141,16 @@ class QuantoQuantizer(Quantizer):
         keep_in_fp32: Iterable[str] = (),
         packed: Collection[str] | None = None,
     ) -> None:
-        """See `Quantizer.preprocess_model`."""
+        """See `Quantizer.preprocess_model`. Raises `ConfigError` where the device map offloads a layer that the
+        checkpoint holds packed."""
         self._packed = packed if self.pre_quantized else None
+        for name in self._packed or ():
+            path = name.rpartition(".")[0]
+            if self.is_offloaded(path):
+                raise ConfigError(
+                    f'device_map offloads "{path}" to the CPU or disk, and the checkpoint holds it packed',
+                    hint='packed weights stay on the device that runs them; device_map="cpu" runs all on the CPU',
+                )
         super().preprocess_model(model, skip=skip, keep_in_fp32=keep_in_fp32, packed=packed)
 
     def takes(self, path: str, module: Any) -> bool:

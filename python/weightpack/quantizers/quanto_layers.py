@@ -16,6 +16,7 @@ Results are those of the library bit for bit where it gives any.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,7 +127,23 @@ def _has_cuda_compiler() -> bool:
     from torch.utils import cpp_extension
 
     home = cpp_extension.CUDA_HOME
-    return home is not None and os.path.exists(os.path.join(home, "bin", "nvcc"))
+    has_compiler = home is not None and os.path.exists(os.path.join(home, "bin", "nvcc"))
+    return has_compiler and bool(cpp_extension.is_ninja_available())
+
+
+def _moved(weight: Any, device: Any, dtype: Any) -> Any:
+    """The same weight on a device, its scales in another type."""
+    parts = components_of(weight)
+    moved = {name: part.to(device) if name == "_data" else part.to(device, dtype) for name, part in parts.items()}
+    return torch.nn.Parameter(assemble(moved, weights_of(weight.qtype), weight.size()), requires_grad=False)
+
+
+def _cloned(tensor: Any) -> Any:
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor.detach().clone()
+    names, meta = tensor.__tensor_flatten__()
+    parts = {name: _cloned(getattr(tensor, name)) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, meta, None, None)
 
 
 class _Product(_Function):  # type: ignore[misc]
@@ -156,11 +173,35 @@ class _Product(_Function):  # type: ignore[misc]
 
 
 class _State:
-    """Saving and loading of a layer's weight through its components."""
+    """Saving, loading, moving and copying of a layer's weight through its components."""
 
     weight: Any
     weight_qtype: Any
-    frozen: bool
+    _parameters: dict[str, Any]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        weight = self.weight
+        if not isinstance(weight, _quanto.QTensor):
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+            # The library changes forms with compiled code, and refuses other types of scales.
+            sample = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if (sample.device, sample.dtype) != (weight.device, weight.dtype):
+                weight = _moved(weight, sample.device, sample.dtype)
+        finally:
+            self._parameters["weight"] = weight
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        if isinstance(self.weight, _quanto.QTensor):
+            # quanto's tensors have no copy of their own.
+            memo[id(self.weight)] = torch.nn.Parameter(_cloned(self.weight), requires_grad=False)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not isinstance(self.weight, _TinyGemm):
