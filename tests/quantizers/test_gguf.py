@@ -7,6 +7,8 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -182,6 +184,36 @@ def test_compute_dtype(dtype):
         assert torch.equal(found, plain.to(getattr(torch, dtype))(IDS))
     assert found.dtype == getattr(torch, dtype)
     assert torch.linalg.vector_norm(found - expected) < 0.03 * torch.linalg.vector_norm(expected)
+
+
+def test_large_weights_are_decoded_some_rows_at_a_time(monkeypatch):
+    from weightpack.quantizers import gguf_layers
+
+    model, plain, _ = packed_net(compute_dtype="bfloat16")
+    monkeypatch.setattr(gguf_layers, "SCRATCH_BYTES", 5 * 256 * 2)
+    monkeypatch.setattr(gguf_layers, "_scratch", threading.local())
+    inputs = torch.randn(3, 7, 256, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found = model.proj(inputs)
+    assert len(gguf_layers._scratch.held) == 5 * 256 * 2
+    with torch.no_grad():
+        assert torch.equal(model.proj(inputs), found)
+        assert torch.allclose(found, plain.bfloat16().proj(inputs), rtol=0.01, atol=0.01)
+        assert torch.equal(model(IDS), plain(IDS))
+
+
+def test_threads_do_not_share_what_they_decode_into():
+    model, plain, _ = packed_net()
+    inputs = [torch.randn(64, 256) for _ in range(4)]
+    with torch.no_grad():
+        expected = [plain.proj(one) for one in inputs]
+
+    def run(number):
+        with torch.no_grad():
+            return all(torch.equal(model.proj(inputs[number]), expected[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
 
 
 def test_layers_give_the_type_they_are_given():

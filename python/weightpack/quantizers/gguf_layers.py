@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -108,6 +110,26 @@ def decode(blocks: Any, quant_type: str, shape: tuple[int, ...], dtype: Any) -> 
     return decode_on_cpu(blocks, quant_type, dtype=dtype, threads=torch.get_num_threads()).reshape(shape)
 
 
+SCRATCH_BYTES = 32 << 20
+"""Most bytes of the memory that each thread keeps for decoded weights. Fresh memory costs more than
+decoding does: the system hands it out page by page."""
+
+_scratch = threading.local()
+
+
+def _into_scratch(blocks: Any, quant_type: str, dtype: Any) -> Any:
+    """The weights of `blocks`, rows of them, in the memory that this thread keeps for the purpose."""
+    blocks = blocks.reshape(-1, blocks.shape[-1])
+    weights, nbytes = gguf_decode.sizes(quant_type)
+    size = blocks.numel() // nbytes * weights * dtype.itemsize
+    held = getattr(_scratch, "held", None)
+    if held is None or len(held) < size:
+        with torch.inference_mode(False):
+            held = _scratch.held = torch.empty(size, dtype=torch.uint8)
+    out = held[:size].view(dtype).reshape(len(blocks), -1)
+    return decode_on_cpu(blocks, quant_type, out=out, threads=torch.get_num_threads())
+
+
 class GGUFLayer(nn.Module):
     """What the layers have in common: `quant_type` and `quant_shape` of the weight, and `compute_dtype`."""
 
@@ -157,6 +179,20 @@ class GGUFLayer(nn.Module):
         """The weight in `compute_dtype`."""
         return decode(self._parameters["weight"], self.quant_type, self.quant_shape, self.compute_dtype)
 
+    def weight_in_scratch(self) -> Any:
+        """The same in the memory that the thread keeps, unless it is too large; the next layer overwrites it."""
+        if self.compute_dtype.itemsize * prod(self.quant_shape) > SCRATCH_BYTES:
+            return self.decoded_weight()
+        blocks = plain(self._parameters["weight"])
+        return _into_scratch(blocks, self.quant_type, self.compute_dtype).reshape(self.quant_shape)
+
+    def _decodes_to_scratch(self, *tensors: Any) -> bool:
+        """Whether nothing needs the weight once the layer has run, and the kernels decode it."""
+        blocks: Any = self._parameters["weight"]
+        if torch.compiler.is_compiling() or blocks.device.type != "cpu":
+            return False
+        return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
     def extra_repr(self) -> str:
         """The layer's own, and the type."""
         return f"{super().extra_repr()}, quant_type={self.quant_type}"
@@ -167,19 +203,37 @@ class GGUFLinear(GGUFLayer, nn.Linear):
 
     def forward(self, input: Any) -> Any:
         """input [..., in_features] gives [..., out_features]."""
+        given, bias = self.cast(input), _in(self.bias, self.compute_dtype)
+        if self._decodes_to_scratch(given, bias):
+            return self._by_rows(given, bias).to(input.dtype)
         weight = self.decoded_weight()
         with _decoded_again(self, weight):
-            found = nn.functional.linear(self.cast(input), weight, _in(self.bias, self.compute_dtype))
+            found = nn.functional.linear(given, weight, bias)
         return found.to(input.dtype)
+
+    def _by_rows(self, given: Any, bias: Any) -> Any:
+        """The product, some rows of the weight at a time where it is larger than the scratch memory."""
+        rows, columns = self.quant_shape
+        blocks = plain(self._parameters["weight"])
+        step = max(1, SCRATCH_BYTES // (columns * self.compute_dtype.itemsize))
+        if step >= rows or blocks.shape != (rows, blocks.shape[-1]):
+            return nn.functional.linear(given, self.weight_in_scratch(), bias)
+        found = given.new_empty((*given.shape[:-1], rows))
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            weight = _into_scratch(blocks[part], self.quant_type, self.compute_dtype)
+            found[..., part] = nn.functional.linear(given, weight, None if bias is None else bias[part])
+        return found
 
 
 class _GGUFConvolution(GGUFLayer):
     def forward(self, input: Any) -> Any:
         """As the layer that it stands for."""
-        weight = self.decoded_weight()
-        bias = _in(self.bias, self.compute_dtype)
+        given, bias = self.cast(input), _in(self.bias, self.compute_dtype)
+        is_inference = self._decodes_to_scratch(given, bias)
+        weight = self.weight_in_scratch() if is_inference else self.decoded_weight()
         with _decoded_again(self, weight):
-            found = self._conv_forward(self.cast(input), weight, bias)  # type: ignore[operator]
+            found = self._conv_forward(given, weight, bias)  # type: ignore[operator]
         return found.to(input.dtype)
 
 
