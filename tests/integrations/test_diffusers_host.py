@@ -127,6 +127,34 @@ def test_configs_keep_what_the_class_does_not_know_and_no_local_path(peer, tmp_p
         assert saved.get("_name_or_path") == ("owner/model" if name == "owner/model" else None)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_of_ones_own_class_that_share_a_weight(peer, tmp_path, packed):
+    torch, diffusers = peer("torch"), peer("diffusers")
+    from safetensors.torch import save_file
+
+    class Shared(diffusers.ModelMixin, diffusers.ConfigMixin):
+        config_name = "config.json"
+
+        @peer("diffusers.configuration_utils").register_to_config
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.first = torch.nn.Linear(width, width, bias=False)
+            self.other = torch.nn.Linear(width, width, bias=False)
+            self.second = torch.nn.Linear(width, width, bias=False)
+            self.second.weight = self.first.weight
+
+    model = Shared(width=64)
+    model.save_config(tmp_path)
+    tensors = {"first.weight": model.first.weight.detach(), "other.weight": model.other.weight.detach()}
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    config = wp.BitsAndBytesConfig(load_in_8bit=True) if packed else None
+    loaded, info = wp.from_pretrained(Shared, tmp_path, quantization_config=config, output_loading_info=True)
+    assert not info.missing
+    assert loaded.second.weight is loaded.first.weight
+    assert torch.equal(loaded.second.weight.float(), model.second.weight.to(loaded.second.weight.dtype).float())
+    assert (loaded.other.weight.dtype == torch.int8) is packed
+
+
 def test_a_class_that_does_not_say_what_stays_together(peer, tmp_path):
     diffusers = peer("diffusers")
     cls = save("dit", diffusers, tmp_path)

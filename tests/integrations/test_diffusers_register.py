@@ -294,6 +294,25 @@ def test_single_files_are_packed_too(peer, registered, tmp_path):
     assert_same_state(packed, cls.from_pretrained(tmp_path, **options))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("device_map", [None, "auto"])
+@pytest.mark.parametrize("case", ["nf4", "double quant", "int8"])
+def test_on_a_gpu_diffusers_gets_the_same_layers(peer, registered, tmp_path, case, device_map):
+    torch, diffusers = peer("torch"), peer("diffusers")
+    cls = save("flux", diffusers, tmp_path, dtype=torch.bfloat16)
+    options = {"torch_dtype": torch.bfloat16, "device_map": device_map}
+    config = diffusers.BitsAndBytesConfig(**BITSANDBYTES[case])
+    ours = cls.from_pretrained(tmp_path, quantization_config=config, **options)
+    registered.unregister()
+    theirs = cls.from_pretrained(tmp_path, quantization_config=config, **options)
+    assert {name: (p.device, p.dtype, p.shape) for name, p in ours.named_parameters()} == {
+        name: (p.device, p.dtype, p.shape) for name, p in theirs.named_parameters()
+    }
+    assert ours.proj_out.weight.device.type == "cuda"
+    found, wanted = run("flux", ours).float(), run("flux", theirs).float()
+    assert torch.linalg.norm(found - wanted) < 0.02 * torch.linalg.norm(wanted)
+
+
 def test_unregister_leaves_diffusers_as_it_was(peer):
     auto = peer("diffusers.quantizers.auto")
     tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)

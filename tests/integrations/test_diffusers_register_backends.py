@@ -110,6 +110,11 @@ def test_modelopt_with_a_release_for_which_diffusers_makes_no_config(peer, regis
     found = run("flux", packed)
     assert torch.equal(found, run("flux", direct))
     assert close(found, run("flux", make("flux", diffusers)), 0.3)
+    packed.save_pretrained(tmp_path / "packed", max_shard_size="100KB")
+    again = cls.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)
+    assert_same_state(again, packed)
+    assert torch.equal(run("flux", again), found)
+    assert_same_state(wp.from_pretrained(cls, tmp_path / "packed", torch_dtype=torch.bfloat16), packed)
 
 
 def test_modules_on_disk_stay_unpacked(peer, registered, tmp_path):

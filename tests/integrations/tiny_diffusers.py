@@ -80,7 +80,9 @@ def run(name: str, model: Any) -> Any:
         return torch.randn(*shape).to(dtype)
 
     time = torch.tensor([7.0]).to(dtype)
-    with torch.no_grad():
+    device = "cpu" if model.device.type == "meta" else model.device
+    time = time.to(device)
+    with torch.no_grad(), torch.device(device):
         if name == "flux":
             ids = torch.zeros(4, 3), torch.arange(18).reshape(6, 3).float()
             return model(
