@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -373,6 +374,25 @@ def test_device_maps(tmp_path, kind, device_map):
     model = load(folder, KINDS[kind], device_map=device_map)
     for one, other in zip(model(inputs()), expected(inputs()), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_copies_and_offloaded_models_run_alike(tmp_path, kind):
+    accelerate = find_peer("accelerate")
+    folder = save(tmp_path / "net", make())
+    model = load(folder, KINDS[kind])
+    expected = model(inputs())
+    again = copy.deepcopy(model)
+    assert again.wide.weight.data_ptr() != model.wide.weight.data_ptr()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.wide._parameters["weight"].is_meta
+    for other in (again, model):
+        for one, wanted in zip(other(inputs()), expected, strict=True):
+            assert torch.equal(one, wanted)
+    # What is on disk is not packed.
+    parts = load(folder, KINDS[kind], device_map={"": "cpu", "up": "disk"}, offload_folder=tmp_path / "offload")
+    assert set(parts.hf_quantizer.quantized) == set(again.hf_quantizer.quantized) - {"up"}
+    assert (parts(inputs())[0] - expected[0]).norm() < 0.2 * expected[0].norm()
 
 
 def test_the_type_of_a_model_is_not_that_of_its_codes(tmp_path):

@@ -333,6 +333,18 @@ def test_slabs_change_nothing(monkeypatch):
         assert torch.equal(modelopt_decode.exported(codes, scale, torch.float32), whole)
 
 
+@pytest.mark.parametrize("form", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
+def test_copies_and_offloaded_models_run_alike(exported, form):
+    accelerate = find_peer("accelerate")
+    model, _ = load(exported(form))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        again = copy.deepcopy(model)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        for other in (again, model):
+            assert torch.equal(other(TOKENS).logits, expected)
+
+
 def test_adapters_can_be_trained_on_top(tmp_path):
     _, state, section = nvfp4_net()
     model = wp.from_pretrained(Net, save(tmp_path / "net", state, section))

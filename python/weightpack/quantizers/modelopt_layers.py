@@ -8,6 +8,7 @@ packed by ModelOpt's tensor classes, a slab at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,12 +64,28 @@ class _NvFp4(qtensor.NVFP4QTensor):  # type: ignore[misc]
         return modelopt_decode.nvfp4(self._quantized_data, *parts, self.metadata["shape"], chosen, block)
 
 
-class _Codes(qtensor.QTensorWrapper):  # type: ignore[misc]
-    """A packed weight. Codes are no floating numbers, and the type of a model (`model.dtype`, as hosts tell
-    it from parameters) is not theirs; nor are they cast with the model."""
+@functools.cache
+def codes_of(shape: tuple[int, ...], dtype: Any, kind: type) -> Any:
+    """The class of parameters that hold a packed weight of `shape`, decoded to `dtype` by tensor class `kind`.
 
-    def is_floating_point(self) -> bool:
-        return False
+    Codes are no floating numbers: the type of a model (`model.dtype`, as hosts tell it from parameters) is
+    not theirs, nor are they cast with the model. accelerate and `copy.deepcopy` make a parameter anew from
+    its class and its data alone, so that the rest belongs to the class.
+    """
+    metadata = {"shape": torch.Size(shape), "dtype": dtype, "qtensor_class": kind}
+
+    class Codes(qtensor.QTensorWrapper):  # type: ignore[misc]
+        def __new__(cls, data: Any, requires_grad: bool = False) -> Any:
+            return qtensor.QTensorWrapper.__new__(cls, data.data, metadata=dict(metadata))
+
+        def is_floating_point(self) -> bool:
+            return False
+
+        def to(self, *args: Any, **options: Any) -> Any:
+            device = torch._C._nn._parse_to(*args, **options)[0]
+            return self if device is None else type(self)(self.data.to(device))
+
+    return Codes
 
 
 _CLASSES = {
@@ -316,9 +333,9 @@ def _no_zeros(quantizer: Any, largest: float) -> None:
 def install(layer: Any, packed: Any, scales: Mapping[str, Any], *, device: Any) -> None:
     """Puts a packed weight and its scales into a layer, on `device`."""
     quantizer = layer.weight_quantizer
-    data = packed._quantized_data.to(device)
-    wrapper = _Codes(type(packed)(packed.metadata["shape"], packed.metadata["dtype"], data))
-    layer._parameters["weight"] = wrapper
+    kind: Any = type(packed)
+    made = codes_of(tuple(packed.metadata["shape"]), packed.metadata["dtype"], kind)
+    layer._parameters["weight"] = made(packed._quantized_data.to(device))
     for name, value in scales.items():
         quantizer._buffers.pop(name, None)
         quantizer.register_buffer(name, value.to(device))

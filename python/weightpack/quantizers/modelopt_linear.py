@@ -19,6 +19,9 @@ class Codes(torch.nn.Parameter):  # type: ignore[misc]
     """A packed weight. Codes are no floating numbers, and the type of a model (`model.dtype`, as hosts tell
     it from parameters) is not theirs; nor are they cast with the model."""
 
+    def __new__(cls, data: Any, requires_grad: bool = False) -> Any:
+        return super().__new__(cls, data.data, False)
+
     def is_floating_point(self) -> bool:
         return False
 
@@ -51,7 +54,7 @@ class PackedLinear(torch.nn.Linear):  # type: ignore[misc]
                 if self.kind == "plain":
                     weight = torch.nn.Parameter(value.to(device, self.dtype), requires_grad=False)
                 else:
-                    weight = Codes(value.to(device), requires_grad=False)
+                    weight = Codes(value.to(device))
                 self._parameters["weight"] = weight
             else:
                 value = value.to(self.dtype) if part == "pre_quant_scale" else value
