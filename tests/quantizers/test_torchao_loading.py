@@ -147,7 +147,7 @@ def test_a_device_map_that_names_the_cpu_packs_everything(diffusers, flux_folder
     assert assert_same(again, plain) == linears(plain)
 
 
-def test_modules_on_disk_are_not_packed_and_packed_ones_do_not_go_there(tmp_path):
+def test_modules_on_disk_are_not_packed(tmp_path):
     net = nets.make(dtype=torch.bfloat16)
     folder = nets.save(tmp_path / "net", net)
     device_map = {"": "cpu", "blocks.0": "disk"}
@@ -160,10 +160,19 @@ def test_modules_on_disk_are_not_packed_and_packed_ones_do_not_go_there(tmp_path
     )
     assert set(model.hf_quantizer.quantized) == {"blocks.1.up", "blocks.1.down", "head"}
     assert (model(nets.TOKENS) - net(nets.TOKENS)).norm() / net(nets.TOKENS).norm() < 0.02
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = wp.TorchAoConfig("int8").to_dict()
-    with pytest.raises(ConfigError, match="do not stay on disk"):
-        wp.from_pretrained(nets.Net, folder, config=config, device_map=device_map, offload_folder=tmp_path / "off")
+
+
+def test_packed_weights_do_not_stay_on_disk_and_others_may(transformers, llama_folder, tmp_path):
+    cls = transformers.LlamaForCausalLM
+    own = wp.from_pretrained(cls, llama_folder, quantization_config=wp.TorchAoConfig("int8"))
+    folder = saved(own, tmp_path / "packed")
+    for device_map in ({"": "cpu", "model.layers.1": "disk"}, {"": "disk"}):
+        with pytest.raises(ConfigError, match=r'"model.layers.\d\..*" is packed for torchao'):
+            wp.from_pretrained(cls, folder, device_map=device_map, offload_folder=tmp_path / "no")
+    places = {"": "cpu", "model.embed_tokens": "disk", "model.layers.0.input_layernorm": "disk"}
+    model = wp.from_pretrained(cls, folder, device_map=places, offload_folder=tmp_path / "off")
+    assert model.model.embed_tokens.weight.device.type == "meta"
+    assert torch.equal(model(TOKENS).logits, own(TOKENS).logits)
 
 
 def test_a_model_of_a_persons_own(tmp_path):

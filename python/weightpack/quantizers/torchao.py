@@ -159,10 +159,6 @@ class TorchAoQuantizer(Quantizer):
         A packed checkpoint is taken on any machine: it can be moved, decoded or saved there.
         """
         super().validate_environment(torch_dtype=torch_dtype, device_map=device_map)
-        if self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise ConfigError(
-                "weights that torchao packed do not stay on disk", hint="give their modules another device"
-            )
         if not self.pre_quantized:
             for config in forms.configs_in(self._config()):
                 demands.check_machine(config, device_map)
@@ -191,9 +187,11 @@ class TorchAoQuantizer(Quantizer):
         Modules that the config names in full are packed though the host protects them, and so are the
         embedding and the output layer if the config includes them.
         """
+        # A device map that is worked out may call for a second skeleton.
+        self.left, self._loose = {}, set()
         wanted = set(forms.named_exactly(self.config.form))
         if self.config.include_input_output_embeddings:
-            self._embedding = _Embedding.of(model)
+            self._embedding = _Embedding.of(model, copied=self._embedding.copied)
             wanted |= {path for path in self._embedding.both if path != self._embedding.copied}
         if self.config.untie_embedding_weights:
             self._embedding.untie(model)
@@ -201,6 +199,7 @@ class TorchAoQuantizer(Quantizer):
         skip = [path for path in skip if path not in wanted]
         super().preprocess_model(model, skip=skip, keep_in_fp32=keep_in_fp32, packed=packed)
         self._choose_loose(model, packed)
+        self._refuse_disk(packed or ())
         if self.left:
             named = "; ".join(f"{path} ({reason})" for path, reason in self.left.items())
             warnings.warn(f"torchao cannot pack {len(self.left)} layers, they stay as they are: {named}", stacklevel=2)
@@ -228,7 +227,10 @@ class TorchAoQuantizer(Quantizer):
         return module
 
     def packed_bytes(self, model: Any, name: str) -> int | None:
-        """The real size, scales included: torchao packs a weight of that shape on the meta device."""
+        """The real size, scales included: what the checkpoint holds, or what torchao makes of a weight of that
+        shape on the meta device."""
+        if name in self.stored_bytes:
+            return super().packed_bytes(model, name)
         config = forms.assigned(self._config(), name) if self.check_if_quantized_param(model, name) else None
         if config is None:
             return None
@@ -319,6 +321,15 @@ class TorchAoQuantizer(Quantizer):
             self._weights = FileWeights(self.file_metadata)
         return self._weights
 
+    def _refuse_disk(self, packed: Collection[str]) -> None:
+        """Raises `ConfigError` where a packed weight is to stay on disk; plain ones may."""
+        for name in packed:
+            if self.pre_quantized and self.is_offloaded(name):
+                raise ConfigError(
+                    f'"{name}" is packed for torchao, and such weights do not stay on disk',
+                    hint="give its module another device",
+                )
+
     def _choose_loose(self, model: Any, packed: Collection[str] | None) -> None:
         """Parameters other than weights of layers, such as the experts of one layer in one tensor."""
         matcher = Matcher(self.modules_to_not_convert)
@@ -328,8 +339,8 @@ class TorchAoQuantizer(Quantizer):
             if self.pre_quantized:
                 chosen = name in (packed or ())
             else:
-                chosen = parameter.dim() > 1 and not name.endswith(".weight") and not matcher.matches(name)
-                chosen = chosen and forms.names_parameter(self._config(), name)
+                left = name.endswith(".weight") or matcher.matches(name) or self.is_offloaded(name)
+                chosen = parameter.dim() > 1 and not left and forms.names_parameter(self._config(), name)
             if chosen:
                 self._loose.add(name)
 
@@ -352,10 +363,10 @@ class TorchAoQuantizer(Quantizer):
 class _Embedding:
     """Paths of the embedding and of the output layer, and whether the latter gets a copy of its own."""
 
-    def __init__(self, given: str | None = None, output: str | None = None) -> None:
+    def __init__(self, given: str | None = None, output: str | None = None, copied: str | None = None) -> None:
         self.given = given
         self.output = output
-        self.copied: str | None = None
+        self.copied = copied
 
     @property
     def both(self) -> list[str]:
@@ -363,7 +374,7 @@ class _Embedding:
         return [path for path in (self.given, self.output) if path is not None]
 
     @classmethod
-    def of(cls, model: Any) -> _Embedding:
+    def of(cls, model: Any, *, copied: str | None = None) -> _Embedding:
         """Asks the model. Raises `ConfigError` for one that does not tell."""
         if not callable(getattr(model, "get_input_embeddings", None)):
             raise ConfigError(
@@ -371,7 +382,7 @@ class _Embedding:
             )
         paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        return cls(paths.get(id(model.get_input_embeddings())), paths.get(id(output)))
+        return cls(paths.get(id(model.get_input_embeddings())), paths.get(id(output)), copied)
 
     def untie(self, model: Any) -> None:
         """Ends the sharing of one weight by the two, in the model's own books."""
