@@ -186,7 +186,8 @@ def test_a_parameter_that_no_layer_decodes_is_decoded(tmp_path):
 
     table = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     wp.gguf.write(tmp_path / "bare.gguf", {"table": table}, {"general.architecture": "x"}, types="Q4_1")
-    model = wp.from_pretrained(Bare, tmp_path / "bare.gguf", quantization_config=GGUF)
+    with pytest.warns(UserWarning, match="as no layer does it when it runs: table"):
+        model = wp.from_pretrained(Bare, tmp_path / "bare.gguf", quantization_config=GGUF)
     expected = wp.gguf.dequantize(wp.gguf.quantize(table, "Q4_1"), "Q4_1")
     assert np.array_equal(model.table.detach().numpy(), expected)
 

@@ -325,7 +325,8 @@ def test_embedding_classes_that_work_by_row():
     model = torch.nn.ModuleDict({"a": Scaled(4, 32, device="meta"), "b": Offset(4, 32, device="meta")})
     quantizer = GGUFQuantizer(GGUFQuantizationConfig())
     quantizer.entries = {name: entry(name, (4, 32), "Q8_0", blocks.numel()) for name in ("a.weight", "b.weight")}
-    quantizer.preprocess_model(model, packed={"a.weight", "b.weight"})
+    with pytest.warns(UserWarning, match=r"as no layer does it when it runs: b\.weight"):
+        quantizer.preprocess_model(model, packed={"a.weight", "b.weight"})
     assert set(quantizer.quantized) == {"a"}
     for dtype in (torch.float32, torch.bfloat16):
         quantizer.create_quantized_param(model, "a.weight", {"": blocks}, device="cpu", dtype=dtype)

@@ -11,6 +11,7 @@ is set on the model and passes through JSON.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -110,6 +111,20 @@ class GGUFQuantizer(Quantizer):
         in_fp32 = (*keep_in_fp32, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
         self._decoded = Matcher((*self.config.skip_list, *in_fp32))
         super().preprocess_model(model, skip=skip, keep_in_fp32=in_fp32, packed=packed)
+        if packed is not None and self.pre_quantized:
+            self._tell_decoded(packed)
+
+    def _tell_decoded(self, packed: Collection[str]) -> None:
+        """Warns of packed tensors that take more memory than a person would expect."""
+        paths = {name: name.rpartition(".")[0] for name in packed}
+        left = [
+            name
+            for name, path in paths.items()
+            if path not in self.quantized and not self._decoded.matches(path) and not self.is_offloaded(path)
+        ]
+        if left:
+            shown = ", ".join(sorted(left)[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            warnings.warn(f"decoded while they are read, as no layer does it when it runs: {shown}", stacklevel=3)
 
     def takes(self, path: str, module: Any) -> bool:
         """Linear layers; of a packed checkpoint embeddings and convolutions too."""
