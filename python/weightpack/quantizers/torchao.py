@@ -142,6 +142,7 @@ class TorchAoQuantizer(Quantizer):
         form = self.config.form
         self.is_serializable = forms.is_saved(form)
         self.is_trainable = forms.passes_gradients(form)
+        self._named = frozenset(forms.named_exactly(form))
         self.file_metadata = {}
         self.left: dict[str, str] = {}
         self._built: Any = None
@@ -189,7 +190,7 @@ class TorchAoQuantizer(Quantizer):
         """
         # A device map that is worked out may call for a second skeleton.
         self.left, self._loose = {}, set()
-        wanted = set(forms.named_exactly(self.config.form))
+        wanted = set(self._named)
         if self.config.include_input_output_embeddings:
             self._embedding = _Embedding.of(model, copied=self._embedding.copied)
             wanted |= {path for path in self._embedding.both if path != self._embedding.copied}
@@ -209,7 +210,7 @@ class TorchAoQuantizer(Quantizer):
         nn = require("torch", _PURPOSE).nn
         if isinstance(module, nn.Linear):
             return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        asked = path in self._embedding.both or {path, f"{path}.weight"} & set(forms.named_exactly(self.config.form))
+        asked = path in self._embedding.both or {path, f"{path}.weight"} & self._named
         return isinstance(module, nn.Embedding) and (self.pre_quantized or bool(asked))
 
     def replace_layer(self, path: str, module: Any) -> Any:
