@@ -489,7 +489,7 @@ def test_dequantize(dtype):
     assert "quant_type" not in vars(model.proj)
 
 
-@pytest.mark.parametrize("type", ["Q4_K", "IQ2_S"])
+@pytest.mark.parametrize("type", ["Q4_K", "IQ2_S", "IQ4_XS"])
 def test_compiled_in_one_graph(type):
     linear = torch.nn.Linear(256, 8)
     model = torch.nn.Sequential(copy.deepcopy(linear).to("meta"))

@@ -10,6 +10,7 @@ The points of the IQ types' grids are not kept twice: the kernels are asked for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -25,6 +26,17 @@ WEIGHTS_AT_ONCE = 1 << 24
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _HALVES_OF_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def _half_of_ue4m3(byte: int) -> float:
+    if byte == 127:
+        # Only this byte is a zero: with its top bit set it is a number like the others.
+        return 0.0
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    return math.ldexp(fraction, -10) if exponent == 0 else math.ldexp(8 + fraction, exponent - 11)
+
+
+_HALVES_OF_UE4M3 = tuple(_half_of_ue4m3(byte) for byte in range(256))
 
 
 def decode(data: Any, type: str, shape: Sequence[int], dtype: Any = torch.float32) -> Any:
@@ -81,7 +93,7 @@ def _words(blocks: Any, at: int, count: int, size: int = 2) -> Any:
 
 def _shifted(values: Any, steps: Sequence[int], mask: int) -> Any:
     """`values` [n, k] shifted right by each of `steps` and masked, as [n, k, steps]."""
-    return values.unsqueeze(-1) >> torch.tensor(steps, dtype=values.dtype, device=values.device) & mask
+    return torch.stack([values >> step & mask for step in steps], dim=-1)
 
 
 def _nibbles(data: Any) -> Any:
@@ -115,8 +127,15 @@ def _by_group(scales: Any, codes: Any) -> Any:
     return scales.unsqueeze(-1), codes.reshape(len(codes), scales.shape[1], -1)
 
 
-def _table(values: Sequence[float], codes: Any) -> Any:
-    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.long()]
+def _table(values: tuple[float, ...], codes: Any) -> Any:
+    make = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+    return make(values, codes.device)[codes.long()]
+
+
+@cache
+def _constants(values: tuple[float, ...], device: Any) -> Any:
+    """Kept on the device: to bring them there each time would make it wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 # Types of 32 weights.
@@ -243,12 +262,7 @@ def _mxfp4(blocks: Any) -> Any:
 
 
 def _nvfp4(blocks: Any) -> Any:
-    bits = blocks[:, :4].to(torch.int32) & 127
-    exponent, fraction = bits >> 3, (bits & 7).float()
-    scales = torch.where(exponent == 0, fraction * 2.0**-10, (8 + fraction) * torch.exp2((exponent - 11).float()))
-    # Only this byte is a zero: with its top bit set it is a number like the others.
-    scales = torch.where(blocks[:, :4] == 127, torch.zeros_like(scales), scales)
-    scale, codes = _by_group(scales, _split_nibbles(blocks[:, 4:], 16))
+    scale, codes = _by_group(_table(_HALVES_OF_UE4M3, blocks[:, :4]), _split_nibbles(blocks[:, 4:], 16))
     return _table(_HALVES_OF_E2M1, codes) * scale
 
 
