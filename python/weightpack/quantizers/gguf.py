@@ -254,6 +254,6 @@ def _encoded_type(name: Any) -> str:
     if wanted in types and types[wanted]["encodes"] == "with importance":
         raise ConfigError(
             f"quant_type {wanted} is only written with an importance for each column",
-            hint="convert the model with --imatrix, and load the result",
+            hint="convert the model with --importance, and load the result",
         )
     return one_of(wanted, known, "quant_type")
