@@ -11,7 +11,8 @@
 Each layer that the skip list leaves becomes ModelOpt's own, on its own: nothing else of the model is
 touched. Weights are packed one by one by ModelOpt's classes, a few million numbers at a time, as they
 come from the file; the result holds the bytes of `mtq.quantize` and `mtq.compress`. A checkpoint so
-saved is read back from its `config.json`: no `modelopt_state.pth` is needed, and none is unpickled.
+saved is read back from its `config.json`: no `modelopt_state.pth` is needed, and none is unpickled. The
+largest magnitude of each block, which ModelOpt keeps besides its scale, is left out.
 
 What differs from ModelOpt 0.47, and from diffusers 0.42.1 with it:
 

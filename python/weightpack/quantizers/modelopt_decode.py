@@ -25,8 +25,8 @@ from .._lazy import require
 
 torch: Any = require("torch", "decode ModelOpt weights")
 
-SLAB_WEIGHTS = 1 << 22
-"""Weights decoded or packed at a time: what is alive besides the result stays below 128 MB."""
+SLAB_WEIGHTS = 1 << 18
+"""Weights decoded or packed at a time: few enough that what is made on the way stays in the cache."""
 NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
        0.7230, 1.0)  # fmt: skip
 """ModelOpt's table; it is used rounded to bfloat16."""

@@ -2,7 +2,7 @@
 
 A layer is made by ModelOpt's own registries, as `mtq.quantize` and `mtq.compress` make all layers of a
 model; its weight is a `QTensorWrapper` and its scales are buffers of `weight_quantizer`. Weights are
-packed by ModelOpt's tensor classes, a slab at a time.
+packed by ModelOpt's tensor classes, a slab at a time, with codes of NF4 and NVFP4 from `modelopt_encode`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import CheckpointError, ConfigError, FormatError
-from . import modelopt_decode
+from . import modelopt_decode, modelopt_encode
 from .modelopt_entries import attributes
 
 _PURPOSE = "run ModelOpt weights"
@@ -277,17 +277,21 @@ class _Packer:
         sizes = self.plan.weight["block_sizes"]
         block, scale_block = self.plan.blocks[-1], sizes["scale_block_sizes"][-1]
         flat = self.weight.reshape(-1)
-        codes, scales = [], []
-        for first, last in _slabs(flat.numel(), 1, block * scale_block, most=1 << 20):
-            packed, scale = qtensor.NF4QTensor.quantize(flat[first:last], block, scale_block)
-            data = packed._quantized_data.reshape(-1, block // 2)
-            data[scale.reshape(-1)[: len(data)] == 0] = 0x77
-            codes.append(data.reshape(-1))
-            scales.append(scale.reshape(-1))
+        blocks = -(-flat.numel() // block)
+        codes = torch.empty(blocks, block // 2, dtype=torch.uint8)
+        largest = torch.zeros(-(-blocks // scale_block) * scale_block, dtype=flat.dtype)
+        for first, last in _slabs(blocks, block):
+            part = flat[first * block : last * block]
+            part = torch.nn.functional.pad(part, (0, (last - first) * block - part.numel())).reshape(-1, block)
+            scale = part.abs().amax(dim=1)
+            found = modelopt_encode.nf4_codes(part / scale.reshape(-1, 1))
+            found[scale == 0] = 7
+            codes[first:last] = found[:, ::2] << 4 | found[:, 1::2]
+            largest[first:last] = scale
         # Where a row of scales is the same throughout, `double_scale` is infinite, and each is the mean.
-        parts = qtensor.NF4QTensor.double_quantization(torch.cat(scales), scale_block, sizes["scale_bits"])
+        parts = qtensor.NF4QTensor.double_quantization(largest, scale_block, sizes["scale_bits"])
         scale, double_scale, zeros = parts
-        packed = qtensor.NF4QTensor(self.weight.shape, self.weight.dtype, torch.cat(codes))
+        packed = qtensor.NF4QTensor(self.weight.shape, self.weight.dtype, codes.reshape(-1))
         return packed, {"_scale": scale, "_double_scale": double_scale, "_scale_zeros": zeros}
 
     def nvfp4(self) -> tuple[Any, dict[str, Any]]:
@@ -297,11 +301,12 @@ class _Packer:
         shape = self.plan.shape
         codes = torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
         scale = torch.empty((*shape[:-1], shape[-1] // block), dtype=torch.float8_e4m3fn)
-        for first, last in _slabs(shape[0], self.weight[0].numel(), most=1 << 20):
-            part, per_block, _ = qtensor.NVFP4QTensor.quantize(
-                self.weight[first:last], block, weights_scaling_factor_2=double_scale
-            )
-            codes[first:last], scale[first:last] = part._quantized_data, per_block
+        for first, last in _slabs(shape[0], self.weight[0].numel()):
+            part = self.weight[first:last]
+            scale[first:last] = qtensor.NVFP4QTensor.get_weights_scaling_factor(part, block, double_scale)[0]
+            factors = (scale[first:last].to(torch.float32) * double_scale).unsqueeze(-1)
+            found = modelopt_encode.e2m1_codes(part.reshape(*part.shape[:-1], -1, block) / factors)
+            codes[first:last] = (found[..., 1::2] << 4 | found[..., ::2]).reshape(*part.shape[:-1], -1)
         packed = qtensor.NVFP4QTensor(self.weight.shape, self.weight.dtype, codes)
         return packed, {"_scale": scale, "_double_scale": double_scale}
 
