@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import weightpack as wp
-from weightpack.errors import ConfigError
+from weightpack.errors import BackendError, ConfigError
 
 SMALL = {
     "hidden_size": 64,
@@ -374,6 +375,22 @@ def test_unregister_leaves_transformers_as_it_was(peer):
     for now, then in zip(state(), before, strict=True):
         assert list(now) == list(then)
         assert all(now[key] is value for key, value in then.items())
+
+
+def test_an_older_transformers_is_refused_before_anything_is_changed(peer, tmp_path, monkeypatch):
+    auto = peer("transformers.quantizers.auto")
+    from weightpack.integrations.transformers import host, registration
+
+    cls = save(peer, tmp_path, "llama")
+    before = dict(auto.AUTO_QUANTIZER_MAPPING)
+    for module in (host, registration):
+        monkeypatch.setattr(module, "_NEEDED", replace(module._NEEDED, minimum="99.1"))
+    with pytest.raises(BackendError, match="is too old to register with it, expected 99.1 or later"):
+        wp.integrations.transformers.register()
+    assert before == auto.AUTO_QUANTIZER_MAPPING
+    assert not wp.integrations.transformers.is_registered()
+    with pytest.raises(BackendError, match="is too old to load its models, expected 99.1 or later"):
+        wp.from_pretrained(cls, tmp_path)
 
 
 def test_other_peoples_backends_are_known_after_another_call(peer, registered):

@@ -16,9 +16,11 @@ from ...errors import ConfigError
 from ...loading.host import KeyPlan
 from ...mapping import MappedTensor
 from ...matcher import Matcher
+from ...quantizers.base import Requirement, check_version
 from .floats import float32_names, state_of
 
 _PURPOSE = "load its models"
+_NEEDED = Requirement("transformers", "5.20", _PURPOSE)
 _GENERATION = "generation_config.json"
 
 
@@ -31,8 +33,10 @@ class TransformersHost:
     def load_config(self, model_class: Any, config: Mapping[str, Any], folder: Any) -> tuple[Any, Any]:
         """The concrete class behind an Auto class, and its config object; unknown keys are kept in it.
 
-        Code that comes with a checkpoint is never run: a model that needs it is a `ConfigError`.
+        Code that comes with a checkpoint is never run: a model that needs it is a `ConfigError`. Raises
+        `BackendError` for a transformers older than 5.20.
         """
+        check_version(_NEEDED, require("transformers", _PURPOSE).__version__)
         known = {key: value for key, value in config.items() if key != "quantization_config"}
         if getattr(model_class, "_model_mapping", None) is not None:
             return _behind_auto(model_class, known)

@@ -8,7 +8,7 @@
 | `param_element_size`, `adjust_max_memory` | `packed_bytes`, `adjust_max_memory` |
 | `param_needs_quantization` | `check_if_quantized_param` |
 | `get_quantize_ops` | `Pack`: `create_quantized_param` with a full-precision tensor |
-| `serialized_names`, `get_load_operations` | `Unpack`: `create_quantized_param` with the stored components |
+| `serialized_names`, `get_weight_conversions` | `Unpack`: `create_quantized_param` with the stored components |
 | `postprocess_model`, `dequantize` | the same hook |
 """  # noqa: E501
 
@@ -98,8 +98,13 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
                 packed=packed,
             )
         for path in self.quantizer.quantized:
+            layer = model.get_submodule(path)
             # transformers cannot give packed weights first values: that is done at the end.
-            model.get_submodule(path)._is_hf_initialized = True
+            layer._is_hf_initialized = True
+            weight = layer._parameters.get("weight")
+            if not self.pre_quantized and weight is not None and not weight.is_floating_point():
+                # Before 5.23 transformers casts what it reads to the type that it finds here, integers too.
+                weight.data = weight.data.to(self._dtype)
         return model
 
     def _sort(self, model: Any, files: Sequence[Any]) -> frozenset[str]:
@@ -141,8 +146,12 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
         """For each kind of packed parameter (`weight`), what its components are called beside it."""
         return self._names
 
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": Unpack}
+    def get_weight_conversions(self) -> list[Any]:
+        if not self.pre_quantized:
+            return []
+        # The first pattern that fits is taken, and `weight` fits `weight.absmax`.
+        longest_first = {leaf: sorted(names, key=len, reverse=True) for leaf, names in self._names.items()}
+        return [_LOADING.WeightConverter(names, leaf, [Unpack(self)]) for leaf, names in longest_first.items()]
 
     def place(self, model: Any, name: str, value: Any, device: Any, missing: Any) -> None:
         """Has parameter `name` set from a tensor or from components; what is there then is not missing."""

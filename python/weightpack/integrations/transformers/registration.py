@@ -8,8 +8,10 @@ from typing import Any
 from ..._lazy import require
 from ...errors import ConfigError
 from ...quantizers.auto import config_class, quantizer_names
+from ...quantizers.base import Requirement, check_version
 
 _PURPOSE = "register with it"
+_NEEDED = Requirement("transformers", "5.22", _PURPOSE)
 _UNTOUCHED = frozenset({"gguf"})
 """transformers reads GGUF files by `gguf_file=`, in its own way."""
 _OWN_CONFIG = frozenset({"quanto"})
@@ -30,8 +32,10 @@ def register() -> None:
     object or weightpack's, leads to weightpack's quantizer, and packed checkpoints of these methods are
     read by it. The same bytes come out, in the same classes. Backends added by
     `weightpack.register_quantizer` are known to transformers too. GGUF files stay with transformers.
-    Calling it again only adds what is new. Raises `BackendError` where transformers is not installed.
+    Calling it again only adds what is new. Raises `BackendError` where transformers is not installed, or
+    is older than 5.22.
     """
+    check_version(_NEEDED, require("transformers", _PURPOSE).__version__)
     from .quantizer import WeightpackQuantizer
 
     quantizers, configs, _ = _tables()
