@@ -385,11 +385,11 @@ def test_an_older_transformers_is_refused_before_anything_is_changed(peer, tmp_p
     before = dict(auto.AUTO_QUANTIZER_MAPPING)
     for module in (host, registration):
         monkeypatch.setattr(module, "_NEEDED", replace(module._NEEDED, minimum="99.1"))
-    with pytest.raises(BackendError, match="is too old to register with it, expected 99.1 or later"):
+    with pytest.raises(BackendError, match=r"is too old to register with it, expected 99\.1"):
         wp.integrations.transformers.register()
     assert before == auto.AUTO_QUANTIZER_MAPPING
     assert not wp.integrations.transformers.is_registered()
-    with pytest.raises(BackendError, match="is too old to load its models, expected 99.1 or later"):
+    with pytest.raises(BackendError, match=r"is too old to load its models, expected 99\.1"):
         wp.from_pretrained(cls, tmp_path)
 
 
