@@ -153,7 +153,8 @@ class _Product(_Function):  # type: ignore[misc]
     def forward(ctx: Any, input: Any, weight: Any, bias: Any) -> Any:
         ctx.weight = weight
         if isinstance(weight, _TinyGemm):
-            columns = input.reshape(-1, input.shape[-1])
+            # The kernel takes rows that lie in one piece; a slice or a transposed input does not.
+            columns = input.reshape(-1, input.shape[-1]).contiguous()
             on_cpu = input.device.type == "cpu"
             product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
             flat = product(columns, weight._data._data, weight._group_size, weight._scale_shift)
@@ -254,7 +255,8 @@ class QuantoLinear(_State, _QLinear):  # type: ignore[misc]
                 return _Product.apply(input, weight, self.bias)
         elif input.device.type == "cpu" and weight.qtype is _quanto.qtypes["qint8"] and self.in_features % 16:
             return _Product.apply(input.to(weight.dtype), weight, self.bias)
-        return super().forward(input)
+        # The library's kernels take rows that lie in one piece.
+        return super().forward(input.contiguous())
 
 
 class QuantoConv2d(_State, _QConv2d):  # type: ignore[misc]
