@@ -102,6 +102,13 @@ def test_what_was_packed_loads_from_its_config_alone(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_turned_back_the_outputs_stay(tmp_path, kind):
+    finer = load(save(tmp_path / "other", make(dtype=torch.bfloat16)), KINDS[kind])
+    is_packed = "wide" in finer.hf_quantizer.quantized
+    finer.hf_quantizer.dequantize(finer, dtype="float32")
+    if is_packed:
+        # Rounded to float32 alone, and not to the type of the packed weight before.
+        assert finer.wide.weight.dtype == torch.float32
+        assert not torch.equal(finer.wide.weight, finer.wide.weight.bfloat16().float())
     model = load(save(tmp_path / "net", make(dtype=torch.bfloat16)), KINDS[kind])
     x = inputs(torch.bfloat16)
     expected = model(x)
@@ -109,6 +116,7 @@ def test_turned_back_the_outputs_stay(tmp_path, kind):
     assert quantizer.dequantize(model) is model
     for one, other in zip(model(x), expected, strict=True):
         assert torch.equal(one, other)
+    assert torch.allclose(model.wide.weight.float(), finer.wide.weight.float(), rtol=0.01, atol=1e-4)
     assert [type(one) for one in model.modules()] == [type(one) for one in Net().modules()]
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
     assert list(model.state_dict()) == list(Net().state_dict())

@@ -36,6 +36,7 @@ from .._lazy import require
 from ..errors import BackendError, ConfigError
 from .base import Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of, one_of
+from .dtypes import torch_dtype
 from .modelopt_entries import default_entries, normalised, own_entries, refuse_bare_codes
 
 WEIGHTS = ("FP8", "INT8", "INT4", "NF4", "NVFP4")
@@ -307,10 +308,12 @@ class NVIDIAModelOptQuantizer(Quantizer):
         from . import modelopt_layers
         from .modules import replace_layers
 
+        wanted = None if dtype is None else torch_dtype(dtype)
+
         def plain(path: str, layer: Any) -> Any:
             if path not in self.quantized:
                 return None
-            return modelopt_layers.plain(layer, self._plans[path], dtype)
+            return modelopt_layers.plain(layer, self._plans[path], wanted)
 
         replace_layers(model, plain)
         self.quantized = {}

@@ -35,7 +35,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.
 
 def int4(codes: Any, scale: Any, shape: Sequence[int], dtype: Any, block: int) -> Any:
     """INT4 codes of a weight of `shape`; `scale` holds 7 / largest for each block of the flat weight."""
-    scale = scale.to(codes.device).reshape(-1, 1)
+    scale = scale.to(codes.device, torch.promote_types(scale.dtype, dtype)).reshape(-1, 1)
     out = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
     for first, last in _slabs(out.numel(), block):
         values = _nibbles(codes.reshape(-1)[first // 2 : -(-last // 2)], high_first=True).to(scale.dtype) - 8

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from ..errors import ConfigError
 from .base import Quantizer
 from .config import QuantizationConfig, names_of
+from .dtypes import torch_dtype
 from .modelopt_entries import refuse_bare_codes
 
 ALGORITHMS = (
@@ -144,6 +145,8 @@ class ModelOptExportQuantizer(Quantizer):
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         from .modules import replace_layers
 
-        replace_layers(model, lambda path, layer: layer.plain(dtype) if path in self.quantized else None)
+        wanted = None if dtype is None else torch_dtype(dtype)
+
+        replace_layers(model, lambda path, layer: layer.plain(wanted) if path in self.quantized else None)
         self.quantized = {}
         return model

@@ -458,10 +458,20 @@ def plain(layer: Any, plan: Plan, dtype: Any) -> Any:
 
 
 def decoded(layer: Any, dtype: Any) -> Any:
-    """The weight of a layer as numbers of `dtype`; rounded once from its own type."""
+    """The weight of a layer as numbers of `dtype`, by default of the type it was packed from."""
+    quantizer = layer.weight_quantizer
     with torch.no_grad():
-        wrapper = layer._parameters["weight"]
-        return layer.weight_quantizer.dequantize(wrapper).to(dtype or wrapper.metadata["dtype"])
+        return (
+            layer._parameters["weight"]
+            .get_qtensor()
+            .dequantize(
+                dtype,
+                scale=quantizer._scale,
+                block_sizes=quantizer.block_sizes,
+                double_scale=getattr(quantizer, "_double_scale", None),
+                scale_zeros=getattr(quantizer, "_scale_zeros", None),
+            )
+        )
 
 
 def calibrate_inputs(model: Any, paths: Sequence[str], forward_loop: Any) -> None:
