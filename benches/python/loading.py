@@ -133,7 +133,7 @@ def measure(way: str, host: str, kind: str, folder: str) -> dict[str, Any]:
     if kind == "gguf":
         # The file lies in the folder of the config.
         file = Path(folder, "model.gguf")
-        if way == "weightpack":
+        if way in ("weightpack", "mapped"):
             config = __import__("weightpack").GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
             options["config"], folder = folder, str(file)
         elif host == "diffusers":
@@ -157,6 +157,8 @@ def measure(way: str, host: str, kind: str, folder: str) -> dict[str, Any]:
 
         options = {**options, "torch_dtype": torch.bfloat16}
         options.pop("dtype", None)
+        if way == "mapped":
+            options["mmap"] = True
 
         def load(path: str, **options: Any) -> Any:
             return wp.from_pretrained(model_class, path, **options)
@@ -259,8 +261,9 @@ def main() -> None:
             for kind in choices.kinds.split(","):
                 source, ways = folder, ["host", "registered", "weightpack"]
                 if kind == "none":
-                    ways = ["host", "weightpack"]
+                    ways = ["host", "weightpack", "mapped"]
                 if kind == "packed-nf4":
+                    ways.append("mapped")
                     source = Path(top, f"{host}-nf4")
                     convert = [sys.executable, "-m", "weightpack", "convert", str(folder), str(source), "--to", "nf4"]
                     subprocess.run([*convert, "--max-shard-size", "200MB"], check=True, capture_output=True)

@@ -13,6 +13,7 @@ from ..placement import DISK, Placement
 from ..quantizers.dtypes import of_stored, stored_name
 from ..quantizers.modules import owner
 from ..streaming import Job, layout
+from .heap import give_back
 from .host import Target
 from .keys import Logical
 from .source import Weights
@@ -20,6 +21,8 @@ from .source import Weights
 BATCH_BYTES = 128 << 20
 """Bytes of arrays that are filled at a time. Those that become parameters on the CPU stay; the rest is
 let go of before the next batch."""
+PASSING_BYTES = 32 << 20
+"""Bytes of full-precision weights that are held at a time on their way to a backend's own packer."""
 
 
 @dataclass
@@ -37,6 +40,9 @@ class _Item:
     """The tensors themselves, where they are in memory already."""
     components: dict[str, Any] | None = None
     """The components of a packed weight, where they are in memory already."""
+
+    is_passing: bool = False
+    """Whether what is read is packed, or put together, from memory."""
 
     @property
     def nbytes(self) -> int:
@@ -73,23 +79,29 @@ class Loader:
         self._set_tensor = set_tensor
         self._threads = threads
         self._on_progress = on_progress
+        self._passed = 0
 
     def load(self, targets: Sequence[Target]) -> None:
         """Reads and sets all of them; what fails is told with the tensor's name."""
         batch: list[_Item] = []
-        size = done = 0
+        size = passing = done = 0
         total = sum(self._stored_bytes(target) for target in targets)
         for target in targets:
             item = self._item(target)
-            if batch and size + item.nbytes > BATCH_BYTES:
+            nbytes = item.nbytes
+            more = nbytes if item.is_passing else 0
+            if batch and (size + nbytes > BATCH_BYTES or passing + more > PASSING_BYTES):
                 self._flush(batch)
-                batch, size = [], 0
+                batch, size, passing = [], 0, 0
             batch.append(item)
-            size += item.nbytes
+            size += nbytes
+            passing += more
             done += self._stored_bytes(target)
             if self._on_progress is not None:
                 self._on_progress(done, total, target.name)
         self._flush(batch)
+        if self._passed:
+            give_back()
 
     def _stored_bytes(self, target: Target) -> int:
         total = 0
@@ -103,7 +115,7 @@ class Loader:
     # What to read.
 
     def _item(self, target: Target) -> _Item:
-        item = _Item(target)
+        item = _Item(target, is_passing=target.merge is not None)
         tensor = self._logical[target.sources[0]]
         if tensor.is_packed and target.merge is None and (self._is_quantized(target.name) or tensor.entry is None):
             return self._stored_components(item, tensor)
@@ -111,6 +123,7 @@ class Loader:
             chosen = self._quantizer.packing(self._model, target.name)
             if chosen is not None:
                 return self._packed(item, tensor, chosen)
+            item.is_passing = True
             return self._whole(item, target.sources, None)
         return self._whole(item, target.sources, None if target.merge else self._dtype_of(target.name))
 
@@ -199,8 +212,12 @@ class Loader:
             filled = iter(self._weights.fill(jobs, out, self._threads))
             for item in batch:
                 item.out = [next(filled) for _ in item.jobs]
+        self._passed += sum(item.nbytes for item in batch if item.is_passing)
         while batch:
             self._settle(batch.pop(0))
+        if self._passed >= 2 * PASSING_BYTES:
+            give_back()
+            self._passed = 0
 
     def _settle(self, item: _Item) -> None:
         target = item.target
