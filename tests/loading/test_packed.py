@@ -115,6 +115,18 @@ def test_a_weight_without_its_scales_is_refused(tmp_path):
         wp.from_pretrained(nets.Net, broken)
 
 
+def test_codes_without_scales_are_no_weight(tmp_path):
+    net = nets.make()
+    state = {**net.state_dict(), "head.weight": torch.ones(50, 64, dtype=torch.int8)}
+    int8 = wp.BitsAndBytesConfig(load_in_8bit=True).to_dict()
+    for config in ({}, {"quantization_config": int8}):
+        folder = nets.write(tmp_path / f"net{len(config)}", state, config)
+        with pytest.raises(
+            CheckpointError, match=r'"head.weight" holds I8, and "head.weight" of the model is a floating'
+        ):
+            wp.from_pretrained(nets.Net, folder)
+
+
 def test_a_packed_weight_of_another_shape_is_refused(tmp_path):
     folder = nets.save(tmp_path / "net", nets.make(width=32), width=32)
     wp.convert(folder, tmp_path / "packed", to="nf4")

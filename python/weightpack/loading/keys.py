@@ -115,7 +115,8 @@ def plan(
     targets: dict[str, Target] = {}
     info = LoadingInfo()
     packed: set[str] = set()
-    first = {name: min((name, *others), key=list(state).index) for name, others in shared.items()}
+    order = {name: number for number, name in enumerate(state)}
+    first = {name: min((name, *others), key=order.__getitem__) for name, others in shared.items()}
     for target in keys.targets:
         if target.name not in state:
             info.unexpected += [name for name in target.sources if name not in keys.ignored]
@@ -136,6 +137,8 @@ def plan(
             continue
         if tensor.is_packed:
             packed.add(target.name)
+        elif target.merge is None and tensor.entry is not None:
+            _check_kind(target.name, tensor.entry, state[target.name])
         targets[target.name] = target
     if info.mismatched and not ignore_mismatched_sizes:
         name, found, wanted = info.mismatched[0]
@@ -147,3 +150,12 @@ def plan(
     present = set(targets) | {other for name in targets for other in shared.get(name, ())}
     info.missing = [name for name in state if name not in present]
     return Plan(list(targets.values()), packed, info)
+
+
+def _check_kind(name: str, entry: Entry, own: Any) -> None:
+    """Whole numbers in the place of a weight are codes that lack what belongs to them."""
+    if own.is_floating_point() and entry.format is None and entry.dtype.startswith(("I", "U", "BOOL")):
+        raise CheckpointError(
+            f'"{entry.name}" holds {entry.dtype}, and "{name}" of the model is a floating point weight',
+            hint="a packed weight needs its statistics beside it, and a config.json that says how it is packed",
+        )
