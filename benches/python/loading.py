@@ -218,7 +218,7 @@ def row(host: str, kind: str, folder: Path, ways: list[str], runs: int) -> dict[
     for _ in range(runs):
         for way in ways:
             results[way].append(run(way, host, kind, folder))
-    shown: dict[str, Any] = {"host": host, "kind": kind}
+    shown: dict[str, Any] = {"library": host, "kind": kind}
     digests = set()
     for way, found in results.items():
         good = [one for one in found if "failed" not in one]
@@ -289,6 +289,13 @@ def main() -> None:
     if choices.record:
         choices.record.write_text(text)
     print(text)
+    broken = [
+        f"{row['library']} {row['kind']}: {row['weightpack']['failed']}"
+        for row in rows
+        if "failed" in row["weightpack"]
+    ]
+    if broken:
+        raise SystemExit("\n".join(broken))
 
 
 def cpu_name() -> str:
