@@ -310,8 +310,10 @@ def versions() -> dict[str, str]:
     """The libraries that were compared."""
     from importlib import metadata
 
-    names = ["weightpack", "torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "torchao"]
-    found = {}
+    import weightpack
+
+    names = ["torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "torchao"]
+    found = {"weightpack": weightpack.__version__}
     for name in [*names, "optimum-quanto"]:
         try:
             found[name] = metadata.version(name)
