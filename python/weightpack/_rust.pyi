@@ -85,6 +85,13 @@ class Checkpoint:
     def from_bytes(name: str, data: bytes) -> Checkpoint:
         """A safetensors file that is not on a disk; messages call it `name`."""
 
+    @staticmethod
+    def from_arrays(
+        name: str, tensors: list[tuple[str, str, list[int]]], arrays: list[NDArray[np.uint8]], stamp: int
+    ) -> Checkpoint:
+        """Arrays in memory, as they are: name, stored type ("BF16") and shape of each, and its bytes. `stamp` tells
+        one content from another."""
+
     def describe(self) -> str:
         """JSON object:
         container: "safetensors" | "gguf"; big_endian: bool; warnings: [str];

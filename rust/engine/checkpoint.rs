@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::float;
 use crate::formats::{self, Component, Format, Layout, Params, Span};
 use crate::io::file::FileSource;
-use crate::io::{index, Container, Entry, Header, Source};
+use crate::io::{index, Container, Entry, Header, Metadata, Source};
 use crate::shape;
 
 use super::gather::Gather;
@@ -126,6 +126,39 @@ impl Checkpoint {
         let header = Container::Safetensors.read_header(&source)?;
         let source = Arc::new(source);
         Checkpoint::of(vec![OpenFile { source, header }], Vec::new())
+    }
+
+    /// Arrays that lie in memory: each one is a tensor by itself, also what would be recognised as part of
+    /// a packed weight in a file. `entries` say where each begins in `source`.
+    pub fn from_arrays(source: FileSource, entries: Vec<Entry>) -> Result<Self> {
+        let mut tensors = Vec::with_capacity(entries.len());
+        let mut by_name = HashMap::with_capacity(entries.len());
+        for (position, entry) in entries.iter().enumerate() {
+            if by_name.insert(entry.name.clone(), position).is_some() {
+                return Err(Error::config("name appears twice").tensor(&entry.name));
+            }
+            let stored = Stored {
+                file: 0,
+                entry: entry.clone(),
+                made: None,
+            };
+            tensors.push(plain_tensor(stored).map_err(|error| error.tensor(&entry.name))?);
+        }
+        let header = Header {
+            container: Container::Safetensors,
+            entries,
+            metadata: Metadata::Text(BTreeMap::new()),
+            big_endian: false,
+            header_bytes: 0,
+            warnings: Vec::new(),
+        };
+        let source = Arc::new(source);
+        Ok(Checkpoint {
+            files: vec![OpenFile { source, header }],
+            tensors,
+            warnings: Vec::new(),
+            by_name,
+        })
     }
 
     fn of(files: Vec<OpenFile>, mut warnings: Vec<String>) -> Result<Self> {

@@ -67,10 +67,20 @@ pub struct FileSource {
     identity: Identity,
 }
 
-#[derive(Debug)]
 enum Content {
     File(File),
     Memory(MemorySource<Vec<u8>>),
+    Other(Box<dyn Source>),
+}
+
+impl std::fmt::Debug for Content {
+    fn fmt(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Content::File(file) => file.fmt(to),
+            Content::Memory(memory) => memory.fmt(to),
+            Content::Other(source) => source.path().fmt(to),
+        }
+    }
 }
 
 impl FileSource {
@@ -104,6 +114,20 @@ impl FileSource {
             },
             content: Content::Memory(MemorySource::new(&path, bytes)),
             path,
+        }
+    }
+
+    /// Anything else that is read like a file. `stamp` tells one content from another.
+    pub fn from_source(source: Box<dyn Source>, stamp: i64) -> Self {
+        FileSource {
+            identity: Identity {
+                bytes: source.len(),
+                modified_ns: stamp,
+                device: 0,
+                inode: 0,
+            },
+            path: source.path().to_owned(),
+            content: Content::Other(source),
         }
     }
 
@@ -143,6 +167,7 @@ impl Source for FileSource {
         let file = match &self.content {
             Content::File(file) => file,
             Content::Memory(memory) => return memory.read_at(offset, buffer),
+            Content::Other(source) => return source.read_at(offset, buffer),
         };
         let wanted = buffer.len();
         let mut rest = buffer;

@@ -106,6 +106,17 @@ impl Checkpoint {
             .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
     }
 
+    #[staticmethod]
+    fn from_arrays(
+        name: &str,
+        tensors: Vec<(String, String, Vec<u64>)>,
+        arrays: Vec<Bound<'_, PyArray1<u8>>>,
+        stamp: i64,
+    ) -> PyResult<Self> {
+        let checkpoint = super::arrays::checkpoint(name, tensors, arrays, stamp)?;
+        Ok(Checkpoint(Arc::new(checkpoint)))
+    }
+
     fn describe(&self, py: Python<'_>) -> PyResult<String> {
         let value = guarded(py, || Ok(describe(&self.0)))?;
         to_json(&value)

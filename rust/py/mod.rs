@@ -1,5 +1,6 @@
 //! Python bindings: convert arguments, detach from the interpreter, call, map the error. No logic.
 
+mod arrays;
 mod engine;
 mod errors;
 mod formats;
