@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .formats_ import dequantize, formats, pack_int4, quantize, unpack_int4
     from .inspect_ import CheckpointInfo, inspect
     from .loading.load import from_pretrained
-    from .loading.plain import ModelMixin
+    from .model_mixin import ModelMixin
     from .quantizers.auto import AutoQuantizer, register_quantizer
     from .quantizers.base import Quantizer, quantizer_of
     from .quantizers.bitsandbytes import BitsAndBytesConfig
@@ -50,7 +50,7 @@ _NAMES = {
     "FormatError": "errors",
     "FormatInfo": "targets",
     "GGUFQuantizationConfig": "quantizers.gguf",
-    "ModelMixin": "loading.plain",
+    "ModelMixin": "model_mixin",
     "NVIDIAModelOptConfig": "quantizers.modelopt",
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",

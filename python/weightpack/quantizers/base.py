@@ -225,6 +225,10 @@ class Quantizer(ABC):
         """Called once all weights are in place."""
         return None
 
+    def stored_state(self, model: Any) -> tuple[Mapping[str, Any], dict[str, str]]:
+        """The model's tensors as a checkpoint holds them, and the metadata that belongs to them."""
+        return model.state_dict(), {}
+
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Puts ordinary layers with decoded weights in place; gives the model.
 

@@ -12,6 +12,7 @@ packs an embedding that it was asked to pack only if the config names modules. H
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -291,6 +292,12 @@ class TorchAoQuantizer(Quantizer):
         """Finds out whether all packed tensors are of classes that torchao writes."""
         packed = [one for one in model.parameters() if is_packed(one)]
         self.is_serializable = all(is_saved_class(one) for one in packed)
+
+    def stored_state(self, model: Any) -> tuple[Mapping[str, Any], dict[str, str]]:
+        """torchao's tensors taken apart, and how they are put together again."""
+        flatten = require("torchao.prototype.safetensors.safetensors_support", _PURPOSE).flatten_tensor_state_dict
+        flat, metadata = flatten(model.state_dict())
+        return flat, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Puts plain weights in place of the packed ones; shared weights stay shared."""
