@@ -6,15 +6,15 @@ from typing import Any
 
 from ..._lazy import require
 from ...quantizers.auto import config_class, quantizer_names
+from ..swaps import Swaps
 
 _PURPOSE = "register with it"
 _OWN_CONFIG = frozenset({"quanto", "torchao", "modelopt"})
 """Methods whose section of a `config.json` is read by weightpack: diffusers reads a list that
 transformers wrote as its own default, or cannot make its config at all."""
-_MISSING = object()
 
-_before: dict[str, dict[str, Any]] = {}
-"""What stood in each table, by key, before `register`."""
+_swaps = Swaps()
+"""What `register` put into diffusers' tables."""
 
 
 def register() -> None:
@@ -37,16 +37,15 @@ def register() -> None:
             continue
         chosen: Any = WeightpackQuantizer
         if name == "gguf":
-            before = _before.get("quantizers", {}).get(name, quantizers[name])
-            chosen = _by_config(own, WeightpackQuantizer, before)
-        _put("quantizers", quantizers, name, chosen)
+            chosen = _by_config(own, WeightpackQuantizer, _swaps.before(quantizers, name))
+        _swaps.put(quantizers, name, chosen)
         if theirs is None or name in _OWN_CONFIG:
-            _put("configs", configs, name, own)
+            _swaps.put(configs, name, own)
             if theirs is not None:
                 # A pipeline's config takes any object whose class is in the table.
-                _put("configs", configs, f"diffusers {name}", theirs)
+                _swaps.put(configs, f"diffusers {name}", theirs)
         else:
-            _put("configs", configs, f"weightpack {name}", own)
+            _swaps.put(configs, f"weightpack {name}", own)
 
 
 def _by_config(own: type, ours: Any, theirs: Any) -> Any:
@@ -60,28 +59,14 @@ def _by_config(own: type, ours: Any, theirs: Any) -> Any:
 
 def unregister() -> None:
     """Takes back `register`: diffusers' tables are as they were. Does nothing where that is so already."""
-    if not _before:
-        return
-    tables = dict(zip(("quantizers", "configs"), _tables(), strict=True))
-    for table, entries in _before.items():
-        for key, value in entries.items():
-            if value is _MISSING:
-                tables[table].pop(key, None)
-            else:
-                tables[table][key] = value
-    _before.clear()
+    _swaps.restore()
 
 
 def is_registered() -> bool:
     """Whether `register` is in force."""
-    return bool(_before)
+    return bool(_swaps)
 
 
 def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
     auto = require("diffusers.quantizers.auto", _PURPOSE)
     return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-
-
-def _put(table: str, entries: dict[str, Any], key: str, value: Any) -> None:
-    _before.setdefault(table, {}).setdefault(key, entries.get(key, _MISSING))
-    entries[key] = value

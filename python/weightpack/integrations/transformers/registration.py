@@ -9,6 +9,7 @@ from ..._lazy import require
 from ...errors import ConfigError
 from ...quantizers.auto import config_class, quantizer_names
 from ...quantizers.base import Requirement, check_version
+from ..swaps import Swaps
 
 _PURPOSE = "register with it"
 _NEEDED = Requirement("transformers", "5.22", _PURPOSE)
@@ -19,10 +20,11 @@ _OWN_CONFIG = frozenset({"quanto"})
 for its own default."""
 _CHOICES = ("from_config", "merge_quantization_configs")
 """Methods of transformers that choose by a config, and know the classes of their own configs alone."""
-_MISSING = object()
 
-_before: dict[str, dict[str, Any]] = {}
-"""What stood in each table, by key, before `register`; and the methods."""
+_swaps = Swaps()
+"""What `register` put into transformers' tables."""
+_methods: dict[str, Any] = {}
+"""The methods that `register` replaced."""
 
 
 def register() -> None:
@@ -42,31 +44,23 @@ def register() -> None:
     for name in quantizer_names():
         if name in _UNTOUCHED:
             continue
-        _put("quantizers", quantizers, name, WeightpackQuantizer)
-        if name in _OWN_CONFIG or name not in configs or name in _before.get("configs", {}):
-            _put("configs", configs, name, config_class(name))
+        _swaps.put(quantizers, name, WeightpackQuantizer)
+        if name in _OWN_CONFIG or name not in configs or _swaps.has(configs, name):
+            _swaps.put(configs, name, config_class(name))
     _choose_by_any_config()
 
 
 def unregister() -> None:
     """Takes back `register`: transformers is as it was. Does nothing where that is so already."""
-    if not _before:
-        return
-    quantizers, configs, chooser = _tables()
-    for entries, before in ((quantizers, _before["quantizers"]), (configs, _before.get("configs", {}))):
-        for key, value in before.items():
-            if value is _MISSING:
-                entries.pop(key, None)
-            else:
-                entries[key] = value
-    for key, value in _before["methods"].items():
-        setattr(chooser, key, value)
-    _before.clear()
+    _swaps.restore()
+    for key, value in _methods.items():
+        setattr(_tables()[2], key, value)
+    _methods.clear()
 
 
 def is_registered() -> bool:
     """Whether `register` is in force."""
-    return bool(_before)
+    return bool(_swaps)
 
 
 def _tables() -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -74,20 +68,15 @@ def _tables() -> tuple[dict[str, Any], dict[str, Any], Any]:
     return auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AutoHfQuantizer
 
 
-def _put(table: str, entries: dict[str, Any], key: str, value: Any) -> None:
-    _before.setdefault(table, {}).setdefault(key, entries.get(key, _MISSING))
-    entries[key] = value
-
-
 def _choose_by_any_config() -> None:
     """Lets transformers' methods take weightpack's configs too."""
-    if "methods" in _before:
+    if _methods:
         return
     from .quantizer import host_config
 
     chooser = _tables()[2]
     methods = {name: chooser.__dict__[name] for name in _CHOICES}
-    _before["methods"] = methods
+    _methods.update(methods)
 
     def known(config: Any) -> Any:
         if isinstance(config, config_class("gguf")):
