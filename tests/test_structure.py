@@ -24,9 +24,9 @@ ORDER = [
 ]  # fmt: skip
 """Each module may import those that stand before it."""
 
-WITH_TORCH = {"_arrays", "saving", "model_mixin"}
-FOLDERS_WITH_TORCH = {"quantizers", "loading", "integrations"}
-ABOVE = ["quantizers", "loading", "saving", "model_mixin", "integrations"]
+WITH_TORCH = {"_arrays", "stored", "model_mixin"}
+FOLDERS_WITH_TORCH = {"quantizers", "loading", "saving", "pipelines", "integrations"}
+ABOVE = ["quantizers", "stored", "loading", "saving", "model_mixin", "pipelines", "integrations"]
 """The layers that use torch, each above those before it and above `ORDER`."""
 MODULES_OF_ALL = 60
 LINES_OF_A_FILE = 700

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .quantizers.modelopt import NVIDIAModelOptConfig
     from .quantizers.quanto import QuantoConfig
     from .quantizers.torchao import TorchAoConfig
+    from .saving.save import save_pretrained
     from .targets import FormatInfo
 
     __version__: str
@@ -73,6 +74,7 @@ _NAMES = {
     "quantize": "formats_",
     "quantizer_of": "quantizers.base",
     "register_quantizer": "quantizers.auto",
+    "save_pretrained": "saving.save",
     "unpack_int4": "formats_",
 }
 
@@ -112,6 +114,7 @@ __all__ = [
     "quantize",
     "quantizer_of",
     "register_quantizer",
+    "save_pretrained",
     "unpack_int4",
 ]
 

@@ -87,10 +87,14 @@ class Checkpoint:
 
     @staticmethod
     def from_arrays(
-        name: str, tensors: list[tuple[str, str, list[int]]], arrays: list[NDArray[np.uint8]], stamp: int
+        name: str,
+        tensors: list[tuple[str, str, list[int]]],
+        arrays: list[NDArray[np.uint8] | Callable[[int, int], NDArray[np.uint8]]],
+        stamp: int,
     ) -> Checkpoint:
-        """Arrays in memory, as they are: name, stored type ("BF16") and shape of each, and its bytes. `stamp` tells
-        one content from another."""
+        """Arrays in memory, as they are: name, stored type ("BF16") and shape of each, and its bytes, or a
+        function `read(offset, count)` that gives some of them, called on any thread. `stamp` tells one content
+        from another."""
 
     def describe(self) -> str:
         """JSON object:

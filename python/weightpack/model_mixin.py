@@ -28,13 +28,11 @@ class ModelMixin:
 
         return from_pretrained(cls, path, **options)
 
-    def save_pretrained(
-        self, path: str | os.PathLike[str], *, max_shard_size: str | int = "5GB", overwrite: bool = False
-    ) -> None:
-        """Writes a folder that `from_pretrained` loads; see `weightpack.saving.save_module`."""
-        from .saving import save_module
+    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """As `weightpack.save_pretrained(self, path, ...)`."""
+        from .saving.save import save_pretrained
 
-        save_module(self, path, max_shard_size=max_shard_size, overwrite=overwrite)
+        save_pretrained(self, path, **options)
 
     def dequantize(self, dtype: Any = None) -> Any:
         """Puts ordinary layers with decoded weights in place of packed ones; gives the model.

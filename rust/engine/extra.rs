@@ -20,10 +20,16 @@ pub fn write(plan: &Plan, content: &Path, tick: &mut dyn FnMut() -> Result<()>) 
             let path = made(content, Path::new(&extra.path))?;
             written += copy(source, &path, plan.options.sync, tick)?;
         }
+        if let Some(source) = &extra.link {
+            let path = made(content, Path::new(&extra.path))?;
+            if std::fs::hard_link(source, &path).is_err() {
+                written += copy(source, &path, plan.options.sync, tick)?;
+            }
+        }
     }
     for made_index in &plan.indexes {
         let path = made(content, &made_index.path)?;
-        let mut metadata = serde_json::Map::new();
+        let mut metadata = made_index.metadata.clone();
         metadata.insert(
             String::from("total_size"),
             data_bytes(plan, made_index.shards.clone(), content)?.into(),

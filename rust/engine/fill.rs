@@ -207,6 +207,7 @@ fn check_stored<'c>(
         rows: job.rows.clone(),
         shape: job.shape.clone(),
         add: job.add,
+        with_previous: false,
         importance: None,
     };
     let through = job.through.as_deref().map(rounding_type).transpose()?;

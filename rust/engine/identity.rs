@@ -22,6 +22,9 @@ pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<Str
             "{} {} {} {:?} {:?}",
             output.container, output.folder, output.stem, output.max_shard_bytes, output.metadata
         ));
+        if output.index.is_some() || !output.index_metadata.is_empty() {
+            feed(&format!("{:?} {:?}", output.index, output.index_metadata));
+        }
         if let Some(source) = output.metadata_from {
             feed(&format!("metadata from {source}"));
         }
@@ -32,6 +35,9 @@ pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<Str
             ));
             if let Some(derivation) = derivation(tensor) {
                 feed(&derivation);
+            }
+            if tensor.with_previous {
+                feed("with the one before");
             }
         }
     }

@@ -39,6 +39,7 @@ pub mod read;
 pub mod report;
 pub mod request;
 pub mod run;
+mod shards;
 mod slab;
 mod transpose;
 mod two_pass;

@@ -15,6 +15,7 @@ use super::checkpoint::{Checkpoint, Tensor};
 use super::identity;
 use super::importance::Weighed;
 use super::request::{self, ExtraFile, Kind, Options, Output, Request};
+use super::shards;
 use super::slab::{Cut, Packed, Task};
 use super::workspace;
 
@@ -109,6 +110,8 @@ pub struct Shard {
 pub struct IndexFile {
     /// Path below the destination.
     pub path: PathBuf,
+    /// What it says about the model, besides its size.
+    pub metadata: serde_json::Map<String, serde_json::Value>,
     /// Name of each stored array and the shard file it is in.
     pub weight_map: BTreeMap<String, String>,
     /// The shards it speaks of.
@@ -257,9 +260,9 @@ impl Plan {
         }
         let metadata = self.metadata(container, output)?;
         let first_shard = self.shards.len();
-        let mut group: Vec<(Planned, Vec<NewEntry>)> = Vec::new();
-        let mut groups = Vec::new();
-        let mut group_bytes = 0u64;
+        // A tensor and its statistics stay in one shard: not every reader finds them otherwise.
+        let mut units: Vec<Vec<(Planned, Vec<NewEntry>)>> = Vec::new();
+        let mut sizes: Vec<u64> = Vec::new();
         for assignment in &output.tensors {
             let (planned, entries) = assign(
                 &self.checkpoints,
@@ -271,18 +274,25 @@ impl Plan {
             let bytes = entries.iter().try_fold(0u64, |sum, entry| {
                 shape::add(sum, entry.dtype.byte_len(&entry.shape)?, "shard size")
             })?;
-            // A tensor and its statistics stay in one shard: not every reader finds them otherwise.
-            let full = output
-                .max_shard_bytes
-                .is_some_and(|most| group_bytes.saturating_add(bytes) > most);
-            if full && !group.is_empty() {
-                groups.push(std::mem::take(&mut group));
-                group_bytes = 0;
+            match (units.last_mut(), sizes.last_mut()) {
+                (Some(unit), Some(size)) if assignment.with_previous => {
+                    *size = shape::add(*size, bytes, "shard size")?;
+                    unit.push((planned, entries));
+                }
+                _ => {
+                    units.push(vec![(planned, entries)]);
+                    sizes.push(bytes);
+                }
             }
-            group_bytes = shape::add(group_bytes, bytes, "shard size")?;
-            group.push((planned, entries));
         }
-        groups.push(group);
+        let files = shards::split(&sizes, output.max_shard_bytes);
+        let mut groups = Vec::with_capacity(files.len());
+        for file in files {
+            let held = file
+                .into_iter()
+                .flat_map(|unit| units.get_mut(unit).map(std::mem::take));
+            groups.push(held.flatten().collect::<Vec<_>>());
+        }
         let count = groups.len();
         let mut weight_map = BTreeMap::new();
         for (number, group) in groups.into_iter().enumerate() {
@@ -312,8 +322,11 @@ impl Plan {
         }
         if count > 1 {
             self.indexes.push(IndexFile {
-                path: Path::new(&output.folder)
-                    .join(format!("{}.safetensors.index.json", output.stem)),
+                path: Path::new(&output.folder).join(match &output.index {
+                    Some(name) => name.clone(),
+                    None => format!("{}.safetensors.index.json", output.stem),
+                }),
+                metadata: output.index_metadata.clone(),
                 weight_map,
                 shards: first_shard..self.shards.len(),
             });
@@ -402,7 +415,7 @@ pub fn checkpoint_at(checkpoints: &[Arc<Checkpoint>], index: usize) -> Result<&A
         .ok_or_else(|| Error::config(format!("no checkpoint {index}")))
 }
 
-/// Length of another file.
+/// Length of another file. One that only gets another name needs no room.
 pub fn extra_bytes(extra: &ExtraFile) -> u64 {
     match (&extra.text, &extra.copy) {
         (Some(text), _) => text.len() as u64,
@@ -428,8 +441,13 @@ fn check_destination(request: &Request) -> Result<()> {
         );
     }
     for extra in &request.files {
-        if extra.text.is_some() == extra.copy.is_some() {
-            return Err(Error::config("a file needs either a text or a source")
+        let sources = [
+            extra.text.is_some(),
+            extra.copy.is_some(),
+            extra.link.is_some(),
+        ];
+        if sources.iter().filter(|given| **given).count() != 1 {
+            return Err(Error::config("a file needs one of a text and a source")
                 .file(Path::new(&extra.path)));
         }
     }

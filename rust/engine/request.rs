@@ -53,6 +53,12 @@ pub struct Output {
     /// Most data bytes of one shard; `None` for one file.
     #[serde(default)]
     pub max_shard_bytes: Option<u64>,
+    /// File name of the index of several shards; `None` for the stem and `.safetensors.index.json`.
+    #[serde(default)]
+    pub index: Option<String>,
+    /// What the index says about the model, besides its size.
+    #[serde(default)]
+    pub index_metadata: serde_json::Map<String, serde_json::Value>,
     /// GGUF: most dimensions of a tensor; those readers that are built on ggml take 4, others more.
     #[serde(default = "Output::default_max_dimensions")]
     pub max_dimensions: usize,
@@ -101,6 +107,9 @@ pub struct Assignment {
     /// Added to every weight, in `f32`, before it is encoded.
     #[serde(default)]
     pub add: Option<f32>,
+    /// Kept in one file with the tensor before it.
+    #[serde(default)]
+    pub with_previous: bool,
     /// Where the importance of the columns is stored.
     #[serde(default)]
     pub importance: Option<ImportanceSource>,
@@ -190,9 +199,13 @@ pub struct ExtraFile {
     /// Its content, or
     #[serde(default)]
     pub text: Option<String>,
-    /// the file it is a copy of.
+    /// the file it is a copy of, or
     #[serde(default)]
     pub copy: Option<PathBuf>,
+    /// the file that it is another name of (a link is taken as it is). A copy, where the file system
+    /// gives no second names.
+    #[serde(default)]
+    pub link: Option<PathBuf>,
 }
 
 /// How to work. None of these changes a byte of the output.

@@ -1,4 +1,4 @@
-//! Arrays of Python as something that is read like a file.
+//! Arrays of Python, or what makes their bytes, as something that is read like a file.
 
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,18 @@ use crate::io::file::FileSource;
 use crate::io::{Entry, Source};
 use crate::shape;
 
+/// Where the bytes of one array come from.
+enum Bytes {
+    /// An array of bytes.
+    Array(Py<PyArray1<u8>>),
+    /// `read(offset, count)`, which gives an array of as many bytes.
+    Reader(Py<PyAny>),
+}
+
 /// Byte arrays, one after the other. The interpreter is only held while bytes are copied out of one.
 struct Arrays {
     name: PathBuf,
-    arrays: Vec<Py<PyArray1<u8>>>,
+    arrays: Vec<Bytes>,
     /// First byte of each array, and the end of the last.
     starts: Vec<u64>,
 }
@@ -31,27 +39,21 @@ impl Source for Arrays {
         while !rest.is_empty() {
             // The last array that begins at or before the position; empty ones before it are passed over.
             let index = self.starts.partition_point(|&start| start <= position);
-            let found = index
-                .checked_sub(1)
-                .and_then(|index| Some((self.arrays.get(index)?, *self.starts.get(index)?)));
-            let Some((array, start)) = found else {
+            let found = index.checked_sub(1).and_then(|index| {
+                Some((
+                    self.arrays.get(index)?,
+                    *self.starts.get(index)?,
+                    *self.starts.get(index + 1)?,
+                ))
+            });
+            let Some((array, start, end)) = found else {
                 return Err(Error::Internal(format!("no array holds byte {position}")));
             };
-            let inside = shape::to_usize(position - start)?;
-            let copied = Python::attach(|py| {
-                let held = array.bind(py).try_readonly().ok()?;
-                let bytes = held.as_slice().ok()?.get(inside..)?;
-                let count = bytes.len().min(rest.len());
-                rest.get_mut(..count)?.copy_from_slice(bytes.get(..count)?);
-                Some(count)
-            });
-            match copied {
-                Some(count) if count > 0 => {
-                    position += count as u64;
-                    rest = rest.get_mut(count..).unwrap_or_default();
-                }
-                _ => return Err(Error::Internal(format!("no array holds byte {position}"))),
-            }
+            let count = rest.len().min(shape::to_usize(end - position)?);
+            let (here, later) = rest.split_at_mut(count);
+            Python::attach(|py| array.read(py, position - start, here))?;
+            position += count as u64;
+            rest = later;
         }
         Ok(())
     }
@@ -61,11 +63,49 @@ impl Source for Arrays {
     }
 }
 
-/// A checkpoint of arrays: name, stored type and shape of each, and its bytes.
+impl Bytes {
+    /// Fills `buffer` with the bytes from `offset` on.
+    fn read(&self, py: Python<'_>, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let made = match self {
+            Bytes::Array(array) => return copy(array.bind(py), shape::to_usize(offset)?, buffer),
+            Bytes::Reader(read) => read.bind(py).call1((offset, buffer.len())),
+        };
+        let made = made.map_err(|raised| Error::format(format!("cannot be read: {raised}")))?;
+        match made.cast_into::<PyArray1<u8>>() {
+            Ok(array) if PyUntypedArrayMethods::len(&array) == buffer.len() => {
+                copy(&array, 0, buffer)
+            }
+            _ => Err(Error::Internal(format!(
+                "a reader gave something else than {} bytes",
+                buffer.len()
+            ))),
+        }
+    }
+}
+
+/// Bytes of `array` from `first` on.
+fn copy(array: &Bound<'_, PyArray1<u8>>, first: usize, buffer: &mut [u8]) -> Result<()> {
+    let held = array.try_readonly().ok();
+    let found = held
+        .as_ref()
+        .and_then(|held| held.as_slice().ok())
+        .and_then(|bytes| bytes.get(first..)?.get(..buffer.len()));
+    match found {
+        Some(bytes) => {
+            buffer.copy_from_slice(bytes);
+            Ok(())
+        }
+        None => Err(Error::Internal(format!(
+            "an array lacks bytes {first}.. or is being written to"
+        ))),
+    }
+}
+
+/// A checkpoint of arrays: name, stored type and shape of each, and its bytes or what reads them.
 pub fn checkpoint(
     name: &str,
     tensors: Vec<(String, String, Vec<u64>)>,
-    arrays: Vec<Bound<'_, PyArray1<u8>>>,
+    arrays: Vec<Bound<'_, PyAny>>,
     stamp: i64,
 ) -> Result<Checkpoint> {
     if tensors.len() != arrays.len() {
@@ -78,13 +118,21 @@ pub fn checkpoint(
     let mut starts = vec![0];
     let mut entries = Vec::with_capacity(tensors.len());
     let mut offset = 0;
-    for ((name, dtype, dimensions), array) in tensors.into_iter().zip(&arrays) {
+    let mut held = Vec::with_capacity(tensors.len());
+    for ((name, dtype, dimensions), array) in tensors.into_iter().zip(arrays) {
         let dtype = dtype_of(&dtype)?;
         let bytes = dtype.byte_len(&dimensions)?;
-        let held = PyUntypedArrayMethods::len(array) as u64;
-        if held != bytes {
-            return Err(Error::config(format!("expected {bytes} bytes, got {held}")).tensor(&name));
-        }
+        held.push(match array.cast_into::<PyArray1<u8>>() {
+            Ok(array) => {
+                let given = PyUntypedArrayMethods::len(&array) as u64;
+                if given != bytes {
+                    let problem = format!("expected {bytes} bytes, got {given}");
+                    return Err(Error::config(problem).tensor(&name));
+                }
+                Bytes::Array(array.unbind())
+            }
+            Err(other) => Bytes::Reader(other.into_inner().unbind()),
+        });
         entries.push(Entry {
             name,
             dtype,
@@ -97,7 +145,7 @@ pub fn checkpoint(
     }
     let source = Arrays {
         name: PathBuf::from(name),
-        arrays: arrays.into_iter().map(Bound::unbind).collect(),
+        arrays: held,
         starts,
     };
     Checkpoint::from_arrays(FileSource::from_source(Box::new(source), stamp), entries)

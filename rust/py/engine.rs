@@ -110,7 +110,7 @@ impl Checkpoint {
     fn from_arrays(
         name: &str,
         tensors: Vec<(String, String, Vec<u64>)>,
-        arrays: Vec<Bound<'_, PyArray1<u8>>>,
+        arrays: Vec<Bound<'_, PyAny>>,
         stamp: i64,
     ) -> PyResult<Self> {
         let checkpoint = super::arrays::checkpoint(name, tensors, arrays, stamp)?;

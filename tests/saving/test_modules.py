@@ -87,7 +87,7 @@ def test_what_is_there_stays_unless_asked(tmp_path):
 def test_refusals_touch_nothing(tmp_path):
     _, folder = source(tmp_path)
     packed = nets.Net.from_pretrained(folder, quantization_config=wp.GGUFQuantizationConfig(quant_type="q8_0"))
-    with pytest.raises(ConfigError, match="gguf models cannot be saved yet"):
+    with pytest.raises(ConfigError, match="gguf models cannot be saved"):
         packed.save_pretrained(tmp_path / "saved")
     model = nets.Net.from_pretrained(folder)
     with pytest.raises(ConfigError, match="max_shard_size is not a size"):

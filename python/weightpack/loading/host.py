@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..mapping import Rows
+
+if TYPE_CHECKING:
+    from ..stored import Stored
 
 HOSTS = ("transformers", "diffusers")
 
@@ -92,6 +95,15 @@ class Host(Protocol):
 
     def finish(self, model: Any, config: Any, quantizer: Any, folder: Any, torch_dtype: Any) -> None:
         """What the host's own loader leaves on a model: config entries, `hf_quantizer`, generation config."""
+
+    def stored_tensors(self, model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
+        """`state`, tensors by the names that they have in the model, as the host's checkpoints hold them: under
+        their names there, in the order of files, and of tied ones those that the host expects."""
+
+    def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
+        """Text files beside the weights, by name: `config.json`, with a complete `quantization_config` where
+        there is a quantizer, without paths of this machine and without what only counts in memory. Raises
+        `ConfigError` for a config that is no JSON. Changes nothing about the model."""
 
 
 def host_of(model_class: Any) -> Host:

@@ -1,12 +1,15 @@
-"""Models that belong to no host: any `torch.nn.Module` class, and the base class that gives it both methods."""
+"""Models that belong to no host: any `torch.nn.Module` class."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..folder import CONFIG
+from ..stored import Stored, distinct
 from .host import KeyPlan, Target
 
 
@@ -82,6 +85,23 @@ class PlainHost:
             model.config = dict(config)
         if quantizer is not None and isinstance(model.config, dict):
             model.config["quantization_config"] = quantizer.config.to_dict()
+
+    def stored_tensors(self, model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
+        """As they are, each memory under its first name."""
+        return [Stored(name, tensor) for name, tensor in distinct(state).items()]
+
+    def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
+        """`config.json`: the model's `config`, and how it is packed."""
+        own = getattr(model, "config", None) or {}
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"the config of {_title(type(model))} is a {type(own).__name__}, expected a dictionary")
+        fields = {key: value for key, value in own.items() if key != "quantization_config"}
+        if quantizer is not None:
+            fields["quantization_config"] = quantizer.config.to_dict()
+        try:
+            return {CONFIG: json.dumps(fields, indent=2) + "\n"}
+        except TypeError as error:
+            raise ConfigError(f"the config of {_title(type(model))} is no JSON: {error}") from error
 
 
 def _title(model_class: Any) -> str:

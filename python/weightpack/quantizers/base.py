@@ -74,6 +74,8 @@ class Quantizer(ABC):
 
     is_serializable: bool = False
     """Whether what it makes can be saved."""
+    unserializable_reason: str = "the backend has no form for files"
+    """Why not, where it cannot."""
     is_trainable: bool = False
     """Whether adapters can be trained on top of it."""
     is_compileable: bool = False

@@ -11,6 +11,7 @@ from ..._lazy import require
 from ...errors import ConfigError
 from ...loading.host import KeyPlan, Target
 from ...mapping import MappedTensor
+from ...stored import Stored
 from .configs import fixed_entries, left_unpacked
 
 _PURPOSE = "load its model classes"
@@ -132,6 +133,18 @@ class DiffusersHost:
 
             attach(model, quantizer, torch_dtype)
         model.eval()
+
+    def stored_tensors(self, model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
+        """See `saving.stored_tensors`."""
+        from .saving import stored_tensors
+
+        return stored_tensors(quantizer, state)
+
+    def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
+        """See `saving.files`."""
+        from .saving import files
+
+        return files(model, quantizer)
 
 
 def _named_class(diffusers: Any, config: Mapping[str, Any]) -> Any:

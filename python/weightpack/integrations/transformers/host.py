@@ -17,6 +17,7 @@ from ...loading.host import KeyPlan
 from ...mapping import MappedTensor
 from ...matcher import Matcher
 from ...quantizers.base import Requirement, check_version
+from ...stored import Stored
 from .floats import float32_names, state_of
 
 _PURPOSE = "load its models"
@@ -173,6 +174,18 @@ class TransformersHost:
             from .quantizer import attach
 
             attach(model, quantizer, torch_dtype)
+
+    def stored_tensors(self, model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
+        """See `saving.stored_tensors`."""
+        from .saving import stored_tensors
+
+        return stored_tensors(model, state)
+
+    def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
+        """See `saving.files`."""
+        from .saving import files
+
+        return files(model, quantizer)
 
 
 def _behind_auto(auto_class: Any, config: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,0 +1,1 @@
+"""Models written to folders and files: gathered from their parameters, streamed through the engine."""

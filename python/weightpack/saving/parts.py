@@ -1,0 +1,146 @@
+"""What a model is on disk, and how one or several of them are written as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import _rust
+from ..errors import ConfigError
+from ..loading.host import host_of
+from ..quantizers.base import quantizer_of
+from ..stored import Stored
+from .destination import carried_files, index_name, replaced_files, weights_stem
+
+MEMORY_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of what is written: its tensors, and the files beside them.
+
+    `folder` is relative to the destination ("" is the destination itself), `stem` the file name of its
+    weights without variant. `metadata` stands in the header of each weights file, `texts` are further
+    files by name, `files` such that are taken from another place.
+    """
+
+    tensors: Sequence[Stored]
+    stem: str
+    folder: str = ""
+    variant: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        """The file `name` of this part, relative to the destination."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def part_of(model: Any, *, folder: str = "", variant: str | None = None) -> Part:
+    """What is written for `model`.
+
+    Raises `ConfigError` for a model that cannot be saved, or whose config is no JSON.
+    """
+    host = host_of(type(model))
+    quantizer = quantizer_of(model)
+    if quantizer is None and getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"{host.name} packed this model by itself, and only {host.name} knows how its weights are stored",
+            hint="load it with weightpack.from_pretrained, or call register() of its integration before",
+        )
+    if quantizer is None:
+        state, metadata = model.state_dict(), dict[str, str]()
+    elif quantizer.is_serializable:
+        state, metadata = quantizer.stored_state(model)
+    else:
+        raise ConfigError(
+            f"{quantizer.name} models cannot be saved: {quantizer.unserializable_reason}",
+            hint="dequantize() gives a model that can",
+        )
+    tensors = host.stored_tensors(model, quantizer, state)
+    texts = host.files(model, quantizer)
+    stem = host.stem or "model"
+    return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts)
+
+
+def write(
+    name: str,
+    destination: Path,
+    parts: Sequence[Part],
+    *,
+    max_shard_bytes: int,
+    texts: Mapping[str, str] | None = None,
+    files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    on_progress: Callable[[int, int, int, str], None] | None = None,
+) -> None:
+    """Writes `parts`, `texts` and `files` (paths relative to the destination) beside `destination`, then puts
+    all in its place in one step. Files there that are nobody's stay; those of earlier models go.
+
+    Raises `ConfigError` where a file is in the way and `overwrite` is not given, `OSError` where the
+    disk has no room or the place cannot be written: then nothing has been touched.
+    """
+    destination = Path(os.path.abspath(destination))
+    new_texts = dict(texts or {})
+    new_files = dict(files or {})
+    for part in parts:
+        new_texts.update({part.path(one): text for one, text in part.texts.items()})
+        new_files.update({part.path(one): file for one, file in part.files.items()})
+    replaced = {*new_texts, *new_files}
+    for part in parts:
+        replaced.update(replaced_files(destination, part.folder, part.variant))
+    carried = carried_files(destination, replaced, overwrite=overwrite)
+    arrays: list[Any] = []
+    rows: list[tuple[str, str, list[int]]] = []
+    outputs = [_output(number, part, max_shard_bytes, rows, arrays) for number, part in enumerate(parts)]
+    request = {
+        "destination": os.fspath(destination),
+        "kind": "folder",
+        "outputs": [output for output in outputs if output["tensors"]],
+        "files": [
+            *({"path": path.as_posix(), "link": os.fspath(destination / path)} for path in carried),
+            *({"path": path, "link": os.fspath(file)} for path, file in new_files.items()),
+            *({"path": path, "text": text} for path, text in new_texts.items()),
+        ],
+        "options": {
+            "max_memory_bytes": MEMORY_BYTES,
+            "verify": False,
+            "keep_nonfinite": True,
+            "threads": threads,
+        },
+    }
+    checkpoint = _rust.Checkpoint.from_arrays(name, rows, arrays, time.time_ns())
+    plan = _rust.Plan.build(json.dumps(request), [checkpoint])
+    # What is in the way has been settled above, file by file.
+    plan.run(overwrite=True, resume=False, on_progress=on_progress)
+
+
+def _output(
+    number: int, part: Part, max_shard_bytes: int, rows: list[tuple[str, str, list[int]]], arrays: list[Any]
+) -> dict[str, Any]:
+    """How the engine is asked for the weights of one part; adds its tensors to the source."""
+    tensors = []
+    for stored in part.tensors:
+        source = f"{number}/{stored.name}"
+        rows.append((source, stored.dtype, stored.shape))
+        arrays.append(stored.source())
+        row: dict[str, Any] = {"checkpoint": 0, "name": source, "as": stored.name, "format": "copy"}
+        if stored.with_previous:
+            row["with_previous"] = True
+        tensors.append(row)
+    return {
+        "container": "safetensors",
+        "folder": part.folder,
+        "stem": weights_stem(part.stem, part.variant),
+        "index": index_name(part.stem, part.variant),
+        "max_shard_bytes": max_shard_bytes,
+        "metadata": dict(part.metadata),
+        "tensors": tensors,
+    }

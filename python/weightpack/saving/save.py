@@ -1,0 +1,61 @@
+"""`weightpack.save_pretrained`: a model, packed or not, as a folder that its host loads.
+
+| step | what happens |
+|---|---|
+| 1 gate | whether the quantizer can save; the size of shards; what is in the way |
+| 2 tensors | the quantizer's `stored_state`: packed weights and their statistics, under names of the checkpoint |
+| 3 names | the host's `stored_tensors`: its own renamings, each tied weight once |
+| 4 files | the host's `files`: `config.json` with the complete `quantization_config`, and what else belongs to it |
+| 5 writing | the engine streams the tensors into weights files beside the destination |
+| 6 commit | the folder takes the destination's place in one step |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..sizes import parse_size
+from .parts import part_of, write
+
+
+def save_pretrained(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: str | int = "5GB",
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    on_progress: Callable[[int, int, int, str], None] | None = None,
+) -> None:
+    """Writes a model folder: weights in one safetensors file or in shards with an index, `config.json`, and
+    what else the host's own loader reads.
+
+    `model` is one that weightpack loaded, of any host and any backend that can be saved
+    (`quantizer_of(model).is_serializable`), or a plain `torch.nn.Module`, diffusers or transformers model.
+    Packed weights are written as they are in memory, on any device; nothing is decoded or gathered.
+
+    `max_shard_size` is the most data bytes of one file ("5GB", "500MB", a number), `variant` the infix
+    of file names (`fp16`). A folder that is there keeps its other files; files of a model in it are
+    replaced only if `overwrite`, and are whole until then. `on_progress(read, total, written, tensor)`,
+    in bytes, is called about ten times a second. `threads` is the number of threads that write, by
+    default one per processor.
+
+    Raises `ConfigError` for a model whose backend cannot save it, for a size that is none and for a
+    destination that is in the way, `OSError` where the place cannot be written or has no room: each
+    before any file is touched.
+    """
+    part = part_of(model, variant=variant)
+    write(
+        type(model).__name__,
+        Path(path),
+        [part],
+        max_shard_bytes=parse_size(max_shard_size, "max_shard_size"),
+        overwrite=overwrite,
+        threads=threads,
+        on_progress=on_progress,
+    )
