@@ -32,6 +32,11 @@ class Stored:
         """Sizes, slowest dimension first."""
         return [int(size) for size in self.tensor.shape]
 
+    @property
+    def bytes(self) -> int:
+        """Data bytes, of a tensor made of several all of theirs."""
+        return sum(int(part.numel() * part.element_size()) for part in _parts(self.tensor))
+
     def source(self) -> Any:
         """The bytes in the machine's memory as they are, or a function that reads some of them.
 
@@ -80,9 +85,17 @@ def distinct(state: Mapping[str, Any]) -> dict[str, Any]:
     seen: set[tuple[Any, ...]] = set()
     kept = {}
     for name, tensor in state.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = tuple((part.device, part.data_ptr(), part.shape, part.stride(), part.dtype) for part in _parts(tensor))
         if tensor.device.type != "meta" and tensor.numel() and key in seen:
             continue
         seen.add(key)
         kept[name] = tensor
     return kept
+
+
+def _parts(tensor: Any) -> list[Any]:
+    """The tensors that have memory: those that `tensor` is made of, or itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names = tensor.__tensor_flatten__()[0]
+    return [part for name in names for part in _parts(getattr(tensor, name))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Location:
     @property
     def is_pickle(self) -> bool:
         """Whether the weights are in torch's own files."""
-        return self.weights.name.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))
+        name = self.weights.name
+        return name.endswith((".bin", ".pt", ".pth", ".ckpt")) or ".bin.index." in name
 
 
 class Weights:
@@ -108,8 +110,7 @@ class StateDict(Weights):
 
     def __init__(self, tensors: Mapping[str, Any], file: str = "") -> None:
         names = {name: stored for name, stored in STORED.items()}
-        self._tensors = dict(tensors)
-        self.metadata = {}
+        self._tensors, self.metadata = _taken_apart(tensors)
         entries = {}
         for name, value in self._tensors.items():
             if not hasattr(value, "dtype") or not hasattr(value, "shape"):
@@ -204,6 +205,15 @@ def open_weights(location: Location, *, mmap: bool = False) -> Weights:
     return StateDict(tensors, str(location.weights))
 
 
+def _taken_apart(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors that are made of others as these, and torchao's metadata, which says how they belong together."""
+    if not any(hasattr(value, "__tensor_flatten__") for value in tensors.values()):
+        return dict(tensors), {}
+    module = "torchao.prototype.safetensors.safetensors_support"
+    flat, metadata = require(module, "read weights that torchao packed").flatten_tensor_state_dict(dict(tensors))
+    return dict(flat), {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+
+
 def _unpickle(file: Path) -> dict[str, Any]:
     import pickle
 
@@ -211,6 +221,11 @@ def _unpickle(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f'"{file}" is missing')
     try:
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if any(name.startswith("torchao.") for name in needed):
+            # Once they are imported, torch knows which of these classes are safe to make.
+            for module in ("torchao.quantization", "torchao.prototype.mx_formats"):
+                require(module, "read weights that torchao packed")
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -231,6 +231,10 @@ class Quantizer(ABC):
         """The model's tensors as a checkpoint holds them, and the metadata that belongs to them."""
         return model.state_dict(), {}
 
+    def pickled_state(self, model: Any) -> Mapping[str, Any]:
+        """The model's tensors as torch's own files hold them, which have no metadata."""
+        return self.stored_state(model)[0]
+
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Puts ordinary layers with decoded weights in place; gives the model.
 

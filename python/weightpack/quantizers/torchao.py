@@ -299,6 +299,11 @@ class TorchAoQuantizer(Quantizer):
         flat, metadata = flatten(model.state_dict())
         return flat, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
+    def pickled_state(self, model: Any) -> Mapping[str, Any]:
+        """torchao's tensors whole: their pickles say how they are packed."""
+        found: Mapping[str, Any] = model.state_dict()
+        return found
+
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Puts plain weights in place of the packed ones; shared weights stay shared."""
         torch = require("torch", _PURPOSE)

@@ -16,6 +16,7 @@ from ..loading.host import host_of
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
 from .destination import carried_files, index_name, replaced_files, weights_stem
+from .pickle import pickled
 
 MEMORY_BYTES = 32 << 20
 
@@ -26,7 +27,8 @@ class Part:
 
     `folder` is relative to the destination ("" is the destination itself), `stem` the file name of its
     weights without variant. `metadata` stands in the header of each weights file, `texts` are further
-    files by name, `files` such that are taken from another place.
+    files by name, `files` such that are taken from another place. With `is_pickle` weights go to torch's
+    own files, under the names that these have (`pytorch_model`).
     """
 
     tensors: Sequence[Stored]
@@ -36,14 +38,15 @@ class Part:
     metadata: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    is_pickle: bool = False
 
     def path(self, name: str) -> str:
         """The file `name` of this part, relative to the destination."""
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def part_of(model: Any, *, folder: str = "", variant: str | None = None) -> Part:
-    """What is written for `model`.
+def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_serialization: bool = True) -> Part:
+    """What is written for `model`; unless `safe_serialization` it goes to torch's own files.
 
     Raises `ConfigError` for a model that cannot be saved, or whose config is no JSON.
     """
@@ -56,6 +59,8 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None) -> Part
         )
     if quantizer is None:
         state, metadata = model.state_dict(), dict[str, str]()
+    elif quantizer.is_serializable and not safe_serialization:
+        state, metadata = quantizer.pickled_state(model), {}
     elif quantizer.is_serializable:
         state, metadata = quantizer.stored_state(model)
     else:
@@ -66,7 +71,7 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None) -> Part
     tensors = host.stored_tensors(model, quantizer, state)
     texts = host.files(model, quantizer)
     stem = host.stem or "model"
-    return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts)
+    return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts, is_pickle=not safe_serialization)
 
 
 def write(
@@ -97,6 +102,34 @@ def write(
     for part in parts:
         replaced.update(replaced_files(destination, part.folder, part.variant))
     carried = carried_files(destination, replaced, overwrite=overwrite)
+    own = [part for part in parts if part.is_pickle]
+    with pickled(destination, own, max_shard_bytes, on_progress) as (weights, indexes):
+        request, checkpoint = _request(
+            name,
+            destination,
+            [part for part in parts if not part.is_pickle],
+            max_shard_bytes,
+            carried,
+            {**new_files, **weights},
+            {**indexes, **new_texts},
+            threads,
+        )
+        plan = _rust.Plan.build(json.dumps(request), [checkpoint])
+        # What is in the way has been settled above, file by file.
+        plan.run(overwrite=True, resume=False, on_progress=None if own else on_progress)
+
+
+def _request(
+    name: str,
+    destination: Path,
+    parts: Sequence[Part],
+    max_shard_bytes: int,
+    carried: Sequence[Path],
+    files: Mapping[str, Path],
+    texts: Mapping[str, str],
+    threads: int | None,
+) -> tuple[dict[str, Any], _rust.Checkpoint]:
+    """How the engine is asked, and the source that it reads."""
     arrays: list[Any] = []
     rows: list[tuple[str, str, list[int]]] = []
     outputs = [_output(number, part, max_shard_bytes, rows, arrays) for number, part in enumerate(parts)]
@@ -106,8 +139,8 @@ def write(
         "outputs": [output for output in outputs if output["tensors"]],
         "files": [
             *({"path": path.as_posix(), "link": os.fspath(destination / path)} for path in carried),
-            *({"path": path, "link": os.fspath(file)} for path, file in new_files.items()),
-            *({"path": path, "text": text} for path, text in new_texts.items()),
+            *({"path": path, "link": os.fspath(file)} for path, file in files.items()),
+            *({"path": path, "text": text} for path, text in texts.items()),
         ],
         "options": {
             "max_memory_bytes": MEMORY_BYTES,
@@ -116,10 +149,7 @@ def write(
             "threads": threads,
         },
     }
-    checkpoint = _rust.Checkpoint.from_arrays(name, rows, arrays, time.time_ns())
-    plan = _rust.Plan.build(json.dumps(request), [checkpoint])
-    # What is in the way has been settled above, file by file.
-    plan.run(overwrite=True, resume=False, on_progress=on_progress)
+    return request, _rust.Checkpoint.from_arrays(name, rows, arrays, time.time_ns())
 
 
 def _output(

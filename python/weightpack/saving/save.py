@@ -45,11 +45,14 @@ def save_pretrained(
     in bytes, is called about ten times a second. `threads` is the number of threads that write, by
     default one per processor.
 
+    With `safe_serialization=False` weights go to torch's own files (`pytorch_model.bin`), which load with
+    `torch.load(weights_only=True)`; those of torchao once it has been imported.
+
     Raises `ConfigError` for a model whose backend cannot save it, for a size that is none and for a
     destination that is in the way, `OSError` where the place cannot be written or has no room: each
     before any file is touched.
     """
-    part = part_of(model, variant=variant)
+    part = part_of(model, variant=variant, safe_serialization=safe_serialization)
     write(
         type(model).__name__,
         Path(path),
