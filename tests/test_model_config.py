@@ -42,13 +42,13 @@ def test_the_section_is_what_the_host_writes(peer, library, decision, arguments)
         arguments = {**arguments, "bnb_4bit_compute_dtype": "bfloat16"}
     config = peer(library).BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **arguments)
     theirs = json.loads(json.dumps(config.to_dict()))
-    ours = model_config.quantization_config([decision], ["lm_head"], "bfloat16")
+    ours = model_config.host_config([decision], ["lm_head"], "bfloat16").section
     assert ours == theirs
     assert list(ours) == sorted(ours)
 
 
 def test_no_section_without_packed_weights():
-    assert model_config.quantization_config([Decision(weight(), "copy", "kept")], [], "bfloat16") is None
+    assert model_config.host_config([Decision(weight(), "copy", "kept")], [], "bfloat16") is None
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])

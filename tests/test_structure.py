@@ -18,8 +18,8 @@ RUST = ROOT / "rust"
 ORDER = [
     "errors", "_rust", "_lazy", "terminal", "entry", "sizes", "targets", "_arrays", "formats_", "gguf",
     "mapping", "overrides", "keymaps", "language", "architectures", "recipes",
-    "matcher", "placement", "skip_list", "layers", "decision", "gguf_rules", "rules", "folder", "model_config",
-    "report", "checkpoint", "streaming", "importance", "gguf_metadata", "assembly", "gguf_target",
+    "matcher", "placement", "skip_list", "layers", "decision", "gguf_rules", "packings", "rules", "folder",
+    "model_config", "report", "checkpoint", "streaming", "importance", "gguf_metadata", "assembly", "gguf_target",
     "host_target", "convert_", "inspect_", "diff_", "progress", "demo", "tables", "cli", "__main__",
 ]  # fmt: skip
 """Each module may import those that stand before it."""

@@ -32,7 +32,8 @@ def formats() -> str:
     """JSON list of the format table: name, short, container, exactness, peer, reader, bits_per_weight, encodes."""
 
 def layout(format: str, shape: list[int], params: str) -> str:
-    """JSON list of components: suffix, sibling, dtype, shape, bytes, late. `params` is a JSON object."""
+    """JSON list of components: suffix, naming ("appended", "sibling" or
+    "flattened"), dtype, shape, bytes, late. `params` is a JSON object."""
 
 def encode(
     format: str,
@@ -77,9 +78,11 @@ class Checkpoint:
     """The checked headers of one checkpoint's files. Holds the files open; reads weights on demand."""
 
     @staticmethod
-    def open(path: str, lenient: bool = False) -> Checkpoint:
+    def open(path: str, lenient: bool = False, quantization: str | None = None, dtype: str | None = None) -> Checkpoint:
         """`path`: a .safetensors, an *.index.json beside its shards, or a .gguf (any part of a split one).
-        `lenient`: an empty key and data that is not aligned are warnings, in a .gguf."""
+        `lenient`: an empty key and data that is not aligned are warnings, in a .gguf.
+        `quantization`: JSON of the model's `quantization_config`, `dtype` the type of its weights where they are
+        not packed ("BF16"): what packed weights are recognised by where names do not tell."""
 
     @staticmethod
     def from_bytes(name: str, data: bytes) -> Checkpoint:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .entry import FLOATS, Entry, Part
 from .errors import CheckpointError, ConfigError, UnsupportedError
 from .folder import Model, find_models
+from .model_config import quantization_section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,10 +58,24 @@ _NAMES = {
 }
 
 
+def _open(model: Model) -> _rust.Checkpoint:
+    """The files of a model; its config says what their names leave open."""
+    from . import _rust
+
+    section = quantization_section(model.config)
+    dtype = (model.config or {}).get("dtype") or (model.config or {}).get("torch_dtype")
+    return _rust.Checkpoint.open(
+        str(model.weights),
+        False,
+        None if section is None else json.dumps(section),
+        {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(dtype)),
+    )
+
+
 class Checkpoint(Mapping[str, Entry]):
     """The tensors of one checkpoint, by name. Nothing is read until it is asked for.
 
-    A bitsandbytes weight and its statistics are one tensor. In a pipeline, names begin with the
+    A packed weight and its statistics are one tensor. In a pipeline, names begin with the
     component: `transformer/proj_out.weight`.
 
     `path` is what was opened, `models` what was found there, `config` the parsed `config.json` (of
@@ -68,8 +83,6 @@ class Checkpoint(Mapping[str, Entry]):
     """
 
     def __init__(self, path: str | os.PathLike[str], models: list[Model]) -> None:
-        from . import _rust
-
         self.path = Path(path)
         self.models = models
         self.config = models[0].config if len(models) == 1 and not models[0].component else None
@@ -80,7 +93,7 @@ class Checkpoint(Mapping[str, Entry]):
         self.warnings: list[str] = []
         self.container = ""
         for number, model in enumerate(models):
-            native = _rust.Checkpoint.open(str(model.weights))
+            native = _open(model)
             self._native.append(native)
             prefix = f"{model.component}/" if model.component else ""
             described = _Description(prefix).parse(native.describe())

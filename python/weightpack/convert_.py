@@ -26,6 +26,7 @@ from .gguf_target import GgufModel, GgufOptions
 from .host_target import HostModel
 from .importance import open_importance
 from .layers import Layers, find_layers
+from .packings.table import HostConfig, backend_of
 from .report import ConvertReport, finished_report, planned_report
 from .sizes import parse_size
 from .targets import CASTS, FormatInfo, find_format
@@ -154,11 +155,15 @@ def convert(
     _check_packed(options.to, decided)
 
     sources = [native_checkpoint(checkpoint) for checkpoint in opened]
+    told = [_told(one, options) for one in decided]
     outputs = [
         _output(number, model, opened[number], decided[number], options, container, kind, target, host, sources)
         for number, (model, target, host) in enumerate(zip(chosen, targets, hosts, strict=True))
     ]
-    files, left_out = _files(src, chosen, opened, decided, options, kind)
+    for output, host_config in zip(outputs, told, strict=True):
+        if host_config is not None and container == "safetensors":
+            output["metadata"].update(host_config.metadata)
+    files, left_out = _files(src, chosen, opened, told, options, kind)
     request = {
         "destination": str(dst),
         "kind": kind,
@@ -331,12 +336,12 @@ def _layers(
             raise ConfigError(f'layers "{mode}" is none of auto, host, names')
         return [None] * len(models)
     formats = {options.to.name, *(rule.format for rule in options.overrides.rules)}
-    packs = any(name.startswith("bitsandbytes:") for name in formats)
+    packs = any(backend_of(name) is not None for name in formats)
     keeps = bool(options.overrides.rules or options.overrides.only)
     needed = [
         number
         for number, entries in enumerate(tables)
-        if packs or (keeps and any((entry.format or "").startswith("bitsandbytes:") for entry in entries))
+        if packs or (keeps and any(backend_of(entry.format or "") is not None for entry in entries))
     ]
     found = find_layers([(models[number].config, tables[number]) for number in needed], mode)
     known: list[Layers | None] = [None] * len(models)
@@ -508,11 +513,17 @@ def _stem(model: Model) -> str:
     return "diffusion_pytorch_model" if is_diffusers else "model"
 
 
+def _told(decided: Decisions, options: _Options) -> HostConfig | None:
+    """What hosts are told of the packed weights of one model."""
+    compute = model_config.compute_dtype(options.compute_dtype, (d.entry for d in decided.tensors))
+    return model_config.host_config(decided.tensors, decided.skip_list, compute)
+
+
 def _files(
     src: Path,
     chosen: Sequence[Model],
     opened: Sequence[Checkpoint],
-    decided: Sequence[Decisions],
+    told: Sequence[HostConfig | None],
     options: _Options,
     kind: str,
 ) -> tuple[list[dict[str, str]], list[str]]:
@@ -521,14 +532,15 @@ def _files(
         return [], []
     files: list[dict[str, str]] = []
     left_out: list[str] = []
-    for model, checkpoint, one in zip(chosen, opened, decided, strict=True):
+    for model, checkpoint, host_config in zip(chosen, opened, told, strict=True):
         prefix = f"{model.component}/" if model.component else ""
         shards = [Path(file["path"]).name for file in checkpoint.files]
         if model.config is not None:
-            compute = model_config.compute_dtype(options.compute_dtype, (d.entry for d in one.tensors))
-            section = model_config.quantization_config(one.tensors, one.skip_list, compute)
             cast = options.to.name if options.to.name in CASTS else None
+            section = None if host_config is None else host_config.section
             text = model_config.config_text(model.config, section, cast, model.weights.parent)
+            texts = {} if host_config is None else host_config.texts
+            files += [{"path": prefix + name, "text": one} for name, one in texts.items()]
             files.append({"path": f"{prefix}config.json", "text": text})
         if model.folder is not None:
             carried, others = carried_files(model.folder, prefix)

@@ -142,7 +142,7 @@ def keep(entry: Entry, target: Target, why: str) -> Decision:
     backend = entry.format.partition(":")[0]
     if backend == "gguf" and target.container == "gguf":
         return Decision(entry, COPY, why)
-    if backend == "bitsandbytes" and target.container == "safetensors":
+    if backend not in ("", "gguf") and target.container == "safetensors" and target.format.backend in ("", backend):
         return Decision(entry, COPY, why)
     plain = target.plain if backend == "gguf" else FLOATS.get(entry.dtype, target.plain)
     return Decision(entry, plain, f"{why}; decoded from {entry.format}")

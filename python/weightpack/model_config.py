@@ -1,7 +1,6 @@
 """What is written beside the weights for hosts: `config.json`.
 
-The `quantization_config` has the keys and values that transformers 5.23 and diffusers 0.42.1 write
-for a bitsandbytes model.
+What its section `quantization_config` holds is told by `weightpack.packings`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 from .decision import Decision
 from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
+from .packings.table import HostConfig, backend_of, backend_of_method, packing
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}
@@ -26,23 +26,19 @@ def source_method(config: Mapping[str, Any] | None) -> str | None:
 
     Raises `UnsupportedError` for a method whose tensors are not understood.
     """
-    if config is None:
+    found = quantization_section(config)
+    if found is None:
         return None
-    nested = [value for value in config.values() if isinstance(value, Mapping)]
-    for holder in [config, *nested]:
-        found = holder.get("quantization_config") or holder.get("compression_config")
-        if not isinstance(found, Mapping):
-            continue
-        method = found.get("quant_method")
-        if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-            method = "bitsandbytes"
-        if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-            raise UnsupportedError(
-                f'the source is packed by "{method}", which is not decoded by this version',
-                hint="convert the model it was made from",
-            )
-        return "bitsandbytes"
-    return None
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"
+    backend = backend_of_method(str(method))
+    if backend is None:
+        raise UnsupportedError(
+            f'the source is packed by "{method}", which is not decoded by this version',
+            hint="convert the model it was made from",
+        )
+    return backend
 
 
 def main_dtype(entries: Iterable[Entry]) -> str | None:
@@ -70,33 +66,24 @@ def compute_dtype(choice: str | None, entries: Iterable[Entry]) -> str:
     return COMPUTE_DTYPES.get(main_dtype(entries) or "bf16", "bfloat16")
 
 
-def quantization_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str) -> dict[str, Any] | None:
-    """The section that tells a host how the weights are packed, or `None` where none is."""
-    packed = [d for d in decisions if d.result.startswith("bitsandbytes:")]
+def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig | None:
+    """What tells a host how the weights are packed, or `None` where none is."""
+    packed = [decision for decision in decisions if backend_of(decision.result) is not None]
     if not packed:
         return None
-    is_int8 = packed[0].result == "bitsandbytes:int8"
-    kinds = Counter(d.result.partition(":")[2] for d in packed)
-    double = any(d.params.get("double_quant") or _is_double_quantized(d) for d in packed)
-    return {
-        "_load_in_4bit": not is_int8,
-        "_load_in_8bit": is_int8,
-        "bnb_4bit_compute_dtype": "float32" if is_int8 else compute,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "fp4" if is_int8 else kinds.most_common(1)[0][0],
-        "bnb_4bit_use_double_quant": double,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skip_list),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": not is_int8,
-        "load_in_8bit": is_int8,
-        "quant_method": "bitsandbytes",
-    }
+    return packing(str(backend_of(packed[0].result))).host_config(packed, skip_list, compute)
 
 
-def _is_double_quantized(decision: Decision) -> bool:
-    return decision.format == "copy" and any(p.name.endswith(".nested_absmax") for p in decision.entry.parts)
+def quantization_section(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The section of a model's config that says how its weights are packed; `None` for a plain model."""
+    if config is None:
+        return None
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    for holder in [config, *nested]:
+        found = holder.get("quantization_config") or holder.get("compression_config")
+        if isinstance(found, Mapping):
+            return found
+    return None
 
 
 def config_text(

@@ -3,8 +3,8 @@
 Patterns and recipes come first (see `weightpack.overrides`); where they are silent, the target
 decides:
 
-- **bitsandbytes** formats pack the weights of linear layers (see `weightpack.layers`); everything
-  else is copied as it is stored.
+- Formats of **bitsandbytes** and the like (`weightpack.packings`) pack the weights of linear layers (see
+  `weightpack.layers`); everything else is copied as it is stored.
 - **GGUF** types and recipes pack every matrix that multiplies (two-dimensional weights, embeddings
   and output layer included, and stacks of experts); see `weightpack.gguf_rules`.
 - **Casts** (`bf16`, `f16`, `f32`) apply to every floating point tensor; packed ones are decoded,
@@ -24,7 +24,8 @@ from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
 from .layers import LINEAR, Layers, classify
 from .overrides import Overrides, Rule
-from .skip_list import is_skipped, settle
+from .packings.table import Packing, backend_of, packing
+from .skip_list import is_skipped
 from .targets import CASTS, COPY
 
 GGUF_INTEGERS = {"I8", "I16", "I32", "I64"}
@@ -41,7 +42,7 @@ def decide(
 ) -> Decisions:
     """One decision for each of `entries`.
 
-    `layers` is needed by bitsandbytes formats only. Raises `UnsupportedError` for a tensor that the
+    `layers` is needed by formats that pack linear layers only. Raises `UnsupportedError` for a tensor that the
     container cannot hold, `ConfigError` for an assignment that cannot be carried out.
     """
     overrides = overrides or Overrides()
@@ -62,9 +63,13 @@ def decide(
 
     warnings = list(layers.warnings) if layers is not _NO_LAYER else []
     skip_list: list[str] = []
-    if any(decision.result.startswith("bitsandbytes:") for decision in decisions):
-        decisions = _one_kind(decisions, target)
-        decisions, skip_list, more = _agree_with_host(decisions, target, layers)
+    backends = sorted({backend for d in decisions if (backend := backend_of(d.result)) is not None})
+    if len(backends) > 1:
+        raise ConfigError(f"one checkpoint is packed for one backend, and these are {' and '.join(backends)}")
+    if backends:
+        how = packing(backends[0])
+        decisions = how.one_kind(decisions, target)
+        decisions, skip_list, more = _agree_with_host(decisions, target, layers, how)
         warnings += more
     warnings += overrides.unused()
     warnings += _doubts(decisions, target)
@@ -78,8 +83,8 @@ def _sources(entry: Entry, target: Target) -> list[str]:
 
 
 def _built_in(entries: Sequence[Entry], target: Target, layers: Layers) -> Callable[[Entry], Decision]:
-    if target.format.backend == "bitsandbytes":
-        return lambda entry: _bitsandbytes(entry, target, layers)
+    if backend_of(target.format.name) is not None:
+        return lambda entry: _linear(entry, target, layers)
     if target.format.backend == "gguf":
         return gguf_rules.built_in(entries, target)
     if target.format.name in CASTS:
@@ -87,7 +92,7 @@ def _built_in(entries: Sequence[Entry], target: Target, layers: Layers) -> Calla
     raise UnsupportedError(f"there are no rules for format {target.format.name}")
 
 
-def _bitsandbytes(entry: Entry, target: Target, layers: Layers) -> Decision:
+def _linear(entry: Entry, target: Target, layers: Layers) -> Decision:
     layer = layers.tensors.get(entry.name)
     if layer is None:
         layer = classify(entry, "")
@@ -122,7 +127,7 @@ def _assigned(entry: Entry, target: Target, rule: Rule, layers: Layers) -> Decis
     backend = name.partition(":")[0]
     if (backend == "gguf") != (target.container == "gguf"):
         raise ConfigError(f"{rule.origin}: a {target.container} file cannot hold {name}")
-    if backend == "bitsandbytes" and target.for_host and layers.exact:
+    if backend_of(name) is not None and target.for_host and layers.exact:
         why = _refused_by_host(entry, layers)
         if why is not None:
             raise ConfigError(
@@ -165,43 +170,23 @@ def _check_gguf(decision: Decision, most: int) -> None:
         )
 
 
-def _one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
-    """One config describes 4-bit or 8-bit weights. What was packed before and is of the other kind
-    is decoded; two kinds that were asked for are refused."""
-    asked = {d.result == "bitsandbytes:int8" for d in decisions if d.format.startswith("bitsandbytes:")}
-    if len(asked) == 2:
-        raise ConfigError("a bitsandbytes checkpoint holds either 4-bit or int8 weights, and both are assigned")
-    if not asked:
-        asked = {d.result == "bitsandbytes:int8" for d in decisions if d.result.startswith("bitsandbytes:")}
-        if len(asked) == 2:
-            raise UnsupportedError("the checkpoint holds 4-bit and int8 weights at once, which no host loads")
-    (is_int8,) = asked
-    settled = []
-    for decision in decisions:
-        if decision.result.startswith("bitsandbytes:") and (decision.result == "bitsandbytes:int8") != is_int8:
-            plain = FLOATS.get(decision.entry.dtype, target.plain)
-            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
-        settled.append(decision)
-    return settled
-
-
 def _agree_with_host(
-    decisions: list[Decision], target: Target, layers: Layers
+    decisions: list[Decision], target: Target, layers: Layers, how: Packing
 ) -> tuple[list[Decision], list[str], list[str]]:
     """Leaves unpacked what the host's reading of the skip list also hits."""
     if not target.for_host:
         return decisions, [], []
     modules = {d.entry.name: _module(d.entry, layers) for d in decisions}
-    packed = {modules[d.entry.name] for d in decisions if d.result.startswith("bitsandbytes:")}
+    packed = {modules[d.entry.name] for d in decisions if backend_of(d.result) is not None}
     kept = set(layers.linears) - packed
-    skip_list, caught = settle(layers.host, packed, kept, fixed=layers.fixed, prefix=layers.prefix)
+    skip_list, caught = how.settle(layers.host, packed, kept, fixed=layers.fixed, prefix=layers.prefix)
     if not caught:
         return decisions, skip_list, []
     host = layers.host or "a host"
     settled = []
     for decision in decisions:
         entry = caught.get(modules[decision.entry.name])
-        if entry is not None and decision.result.startswith("bitsandbytes:"):
+        if entry is not None and backend_of(decision.result) is not None:
             why = f'{host} reads "{entry}" in the skip list as this layer too'
             plain = COPY if decision.entry.is_plain else FLOATS.get(decision.entry.dtype, target.plain)
             decision = replace(decision, format=plain, params={}, why=why)

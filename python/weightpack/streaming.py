@@ -54,14 +54,15 @@ class Job:
 class Component(NamedTuple):
     """One array that a job fills.
 
-    `suffix` is what its name in a file has behind the tensor's, or, if `sibling`, in place of its
-    last segment. `shape` and `dtype`, a stored type ("F32"), are those of the array; blocks of GGUF
+    `suffix` is which one it is: what its name in a file has behind the tensor's ("appended"), in place
+    of its last segment ("sibling"), or behind that segment between underscores ("flattened"), as
+    `naming` says. `shape` and `dtype`, a stored type ("F32"), are those of the array; blocks of GGUF
     types are rows of "U8", and what is no element of arrays is "U8" in one dimension. If `late`, the
     array is as long as it can get, and is cut when it is filled.
     """
 
     suffix: str
-    sibling: bool
+    naming: str
     shape: tuple[int, ...]
     dtype: str
     late: bool
@@ -82,7 +83,7 @@ def layout(job: Job, entry: Entry) -> list[Component]:
     params.setdefault("dtype", entry.dtype if job.through is None else _type_name(job.through))
     rows = json.loads(_rust.layout(find_format(job.format).name, list(shape), json.dumps(params)))
     return [
-        Component(row["suffix"], row["sibling"], *_array(row["shape"], row["dtype"], row["bytes"]), row["late"])
+        Component(row["suffix"], row["naming"], *_array(row["shape"], row["dtype"], row["bytes"]), row["late"])
         for row in rows
     ]
 
@@ -206,10 +207,10 @@ def _parts(job: Job, entry: Entry, shape: tuple[int, ...]) -> Sequence[Part]:
 def _copied(part: Part, base: str) -> Component:
     shape, dtype = _array(part.shape, part.dtype, part.nbytes)
     if part.name == base:
-        return Component("", False, shape, dtype, False)
+        return Component("", "appended", shape, dtype, False)
     if part.name.startswith(f"{base}."):
-        return Component(part.name.removeprefix(f"{base}."), False, shape, dtype, False)
-    return Component(part.name.rpartition(".")[2], True, shape, dtype, False)
+        return Component(part.name.removeprefix(f"{base}."), "appended", shape, dtype, False)
+    return Component(part.name.rpartition(".")[2], "sibling", shape, dtype, False)
 
 
 def _array(shape: Sequence[int], dtype: str, nbytes: int) -> tuple[tuple[int, ...], str]:

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Component, Format, Layout, Params, Span};
+use crate::formats::{self, Format, Layout, Params};
 use crate::io::file::FileSource;
 use crate::io::{index, Container, Entry, Header, Metadata, Source};
 use crate::shape;
 
 use super::gather::Gather;
+use super::recognise::{self, Hints};
 use super::slab::Packed;
 use super::transpose::Transposed;
 
@@ -105,19 +106,19 @@ impl Checkpoint {
     /// Opens a `.safetensors`, an `*.index.json` with its shards, or a `.gguf` with its splits, and
     /// checks every header. Reads no weights.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::open_with(path, false)
+        Self::open_with(path, false, &Hints::default())
     }
 
     /// As [`Checkpoint::open`]; with `lenient`, what careless writers leave behind is told as a
-    /// warning where it can be read all the same.
-    pub fn open_with(path: &Path, lenient: bool) -> Result<Self> {
+    /// warning where it can be read all the same. `hints` are what the model says besides.
+    pub fn open_with(path: &Path, lenient: bool, hints: &Hints) -> Result<Self> {
         let resolved = index::resolve_with(path, lenient)?;
         let files: Vec<OpenFile> = resolved
             .files
             .into_iter()
             .map(|(source, header)| OpenFile { source, header })
             .collect();
-        Checkpoint::of(files, resolved.warnings)
+        Checkpoint::of(files, resolved.warnings, hints)
     }
 
     /// A safetensors file that is not on a disk: its bytes, and the name that messages use.
@@ -125,7 +126,11 @@ impl Checkpoint {
         let source = FileSource::from_bytes(name, bytes);
         let header = Container::Safetensors.read_header(&source)?;
         let source = Arc::new(source);
-        Checkpoint::of(vec![OpenFile { source, header }], Vec::new())
+        Checkpoint::of(
+            vec![OpenFile { source, header }],
+            Vec::new(),
+            &Hints::default(),
+        )
     }
 
     /// Arrays that lie in memory: each one is a tensor by itself, also what would be recognised as part of
@@ -161,7 +166,7 @@ impl Checkpoint {
         })
     }
 
-    fn of(files: Vec<OpenFile>, mut warnings: Vec<String>) -> Result<Self> {
+    fn of(files: Vec<OpenFile>, mut warnings: Vec<String>, hints: &Hints) -> Result<Self> {
         for file in &files {
             warnings.extend(file.header.warnings.iter().cloned());
         }
@@ -171,9 +176,17 @@ impl Checkpoint {
             warnings,
             by_name: HashMap::new(),
         };
-        checkpoint.tensors = checkpoint.recognise()?;
+        checkpoint.tensors = checkpoint.recognise(hints)?;
         for (position, tensor) in checkpoint.tensors.iter().enumerate() {
-            checkpoint.by_name.insert(tensor.name.clone(), position);
+            if checkpoint
+                .by_name
+                .insert(tensor.name.clone(), position)
+                .is_some()
+            {
+                return Err(
+                    Error::checkpoint("is there packed and not packed").tensor(&tensor.name)
+                );
+            }
         }
         Ok(checkpoint)
     }
@@ -233,7 +246,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn read_whole(&self, stored: &Stored) -> Result<Vec<u8>> {
+    /// All bytes of a small array.
+    pub fn read_whole(&self, stored: &Stored) -> Result<Vec<u8>> {
         if stored.entry.bytes > MOST_WHOLE_BYTES {
             return Err(Error::checkpoint(format!(
                 "quantization record of {} bytes (expected at most {MOST_WHOLE_BYTES})",
@@ -254,7 +268,7 @@ impl Checkpoint {
             .map_or(Path::new(""), |file| file.source.path())
     }
 
-    fn recognise(&self) -> Result<Vec<Tensor>> {
+    fn recognise(&self, hints: &Hints) -> Result<Vec<Tensor>> {
         let mut stored: BTreeMap<&str, Stored> = BTreeMap::new();
         let mut order: Vec<&str> = Vec::new();
         for (file, open) in self.files.iter().enumerate() {
@@ -272,11 +286,13 @@ impl Checkpoint {
         }
         let mut packed: HashMap<String, Tensor> = HashMap::new();
         if self.container() == Container::Safetensors {
-            for recognised in self.packed_tensors(&stored)? {
-                for part in recognised.stored().skip(1) {
-                    stored.remove(part.entry.name.as_str());
+            for recognised in recognise::packed_tensors(self, &stored, hints)? {
+                let mut names = recognised.stored().map(|part| part.entry.name.clone());
+                let main = names.next().unwrap_or_default();
+                for name in names {
+                    stored.remove(name.as_str());
                 }
-                packed.insert(recognised.name.clone(), recognised);
+                packed.insert(main, recognised);
             }
         }
         let mut tensors = Vec::with_capacity(stored.len());
@@ -291,72 +307,7 @@ impl Checkpoint {
         }
         Ok(tensors)
     }
-
-    /// Every bitsandbytes tensor, found by the records beside its weight.
-    fn packed_tensors(&self, stored: &BTreeMap<&str, Stored>) -> Result<Vec<Tensor>> {
-        let mut found = Vec::new();
-        for (name, array) in stored {
-            let recognised =
-                if let Some((base, kind)) = name.split_once(".quant_state.bitsandbytes__") {
-                    self.packed_4bit(base, kind, array).map(Some)
-                } else if let Some(module) = name.strip_suffix("SCB") {
-                    packed_int8(stored, module, array)
-                } else {
-                    Ok(None)
-                };
-            let located =
-                recognised.map_err(|error| error.tensor(name).file(self.path(array.file)))?;
-            if let Some((base, format, layout)) = located {
-                let tensor = gather(stored, &base, format, layout)
-                    .and_then(|tensor| self.check_constants(tensor))
-                    .map_err(|error| error.tensor(&base).file(self.path(array.file)))?;
-                found.push(tensor);
-            }
-        }
-        Ok(found)
-    }
-
-    fn packed_4bit(&self, base: &str, kind: &str, record: &Stored) -> Result<Recognised> {
-        let state = formats::read_quant_state(&self.read_whole(record)?)?;
-        let format = formats::find(state.format)?;
-        if state.format.strip_prefix("bitsandbytes:") != Some(kind) {
-            return Err(Error::checkpoint(format!(
-                "the record's name ends in {}, but it describes {}",
-                crate::error::escape(kind),
-                state.format
-            )));
-        }
-        let layout = format.layout(&state.shape, &state.params)?;
-        Ok((base.to_owned(), format, layout))
-    }
-
-    /// Whole-tensor components whose content the format fixes (code tables) must hold just that.
-    fn check_constants(&self, tensor: Tensor) -> Result<Tensor> {
-        let Some((format, layout)) = &tensor.packed else {
-            return Ok(tensor);
-        };
-        for (position, expected) in format.whole(layout, &[])? {
-            let fixed = layout
-                .components
-                .get(position)
-                .is_some_and(Component::is_constant);
-            let Some(Some(part)) = tensor.parts.get(position) else {
-                continue;
-            };
-            if fixed && self.read_whole(part)? != expected {
-                return Err(Error::unsupported(format!(
-                    "\"{}\" differs from the table of {}",
-                    part.entry.name,
-                    format.info().name
-                )));
-            }
-        }
-        Ok(tensor)
-    }
 }
-
-/// A packed tensor: name of the weight, format, layout.
-type Recognised = (String, &'static dyn Format, Layout);
 
 /// The tensor that one array is by itself.
 pub(super) fn plain_tensor(array: Stored) -> Result<Tensor> {
@@ -375,79 +326,5 @@ pub(super) fn plain_tensor(array: Stored) -> Result<Tensor> {
         dtype: entry.dtype,
         packed,
         parts: vec![Some(array)],
-    })
-}
-
-/// `SCB` beside an int8 weight of as many rows.
-fn packed_int8(
-    stored: &BTreeMap<&str, Stored>,
-    module: &str,
-    scales: &Stored,
-) -> Result<Option<Recognised>> {
-    if !(module.is_empty() || module.ends_with('.')) {
-        return Ok(None);
-    }
-    let base = format!("{module}weight");
-    let Some(weight) = stored.get(base.as_str()) else {
-        return Ok(None);
-    };
-    if weight.entry.dtype != Dtype::I8
-        || weight.entry.shape.len() != 2
-        || scales.entry.shape.first() != weight.entry.shape.first()
-    {
-        return Ok(None);
-    }
-    let format = formats::find("bitsandbytes:int8")?;
-    let params = Params {
-        dtype: Dtype::F16,
-        ..Params::default()
-    };
-    let layout = format.layout(&weight.entry.shape, &params)?;
-    Ok(Some((base, format, layout)))
-}
-
-/// Finds the arrays of a recognised tensor and checks their sizes against the layout.
-fn gather(
-    stored: &BTreeMap<&str, Stored>,
-    base: &str,
-    format: &'static dyn Format,
-    layout: Layout,
-) -> Result<Tensor> {
-    let mut parts = Vec::with_capacity(layout.components.len());
-    for (position, component) in layout.components.iter().enumerate() {
-        let name = component.stored_name(base);
-        let found = stored.get(name.as_str()).cloned();
-        match &found {
-            Some(part) => {
-                let expected = layout.component_bytes(position)?;
-                let fits = match component.span {
-                    Span::WholeAtMost => true,
-                    // Readers accept the packed bytes viewed as any other type.
-                    Span::Blocks { .. } | Span::Whole => {
-                        part.entry.bytes == expected || component.suffix.contains("quant_state")
-                    }
-                };
-                if !fits {
-                    return Err(Error::checkpoint(format!(
-                        "\"{name}\" has {} bytes, but shape {:?} in {} needs {expected}",
-                        part.entry.bytes,
-                        layout.shape,
-                        format.info().name
-                    )));
-                }
-            }
-            None if component.span.is_sliced() => {
-                return Err(Error::checkpoint(format!("\"{name}\" is missing")));
-            }
-            None => {}
-        }
-        parts.push(found);
-    }
-    Ok(Tensor {
-        name: base.to_owned(),
-        shape: layout.shape.clone(),
-        dtype: layout.params.dtype,
-        packed: Some((format, layout)),
-        parts,
     })
 }

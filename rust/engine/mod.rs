@@ -36,6 +36,7 @@ pub mod plan;
 mod pool;
 mod preflight;
 pub mod read;
+pub mod recognise;
 pub mod report;
 pub mod request;
 pub mod run;

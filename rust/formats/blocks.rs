@@ -4,7 +4,9 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::{Component, Encodes, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
+use super::{
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::kernels::{self, Level};
@@ -94,7 +96,7 @@ impl<B: Block> Format for Blocks<B> {
             params: params.clone(),
             components: vec![Component {
                 suffix: "".into(),
-                sibling: false,
+                naming: Naming::Appended,
                 dtype: B::DTYPE,
                 shape: shape.to_vec(),
                 span: Span::Blocks {

@@ -44,8 +44,8 @@
 use std::sync::LazyLock;
 
 use super::{
-    bnb4_state, Component, Encodes, Exactness, Format, Info, Layout, NonFinite, Params, Parts,
-    PartsMut, Span,
+    bnb4_state, Component, Encodes, Exactness, Format, Info, Layout, Naming, NonFinite, Params,
+    Parts, PartsMut, Span,
 };
 use crate::codebook::{self, Codebook};
 use crate::dtype::Dtype;
@@ -109,7 +109,7 @@ fn block_size(layout: &Layout) -> u64 {
 fn array(suffix: &'static str, dtype: Dtype, shape: Vec<u64>, span: Span) -> Component {
     Component {
         suffix: suffix.into(),
-        sibling: false,
+        naming: Naming::Appended,
         dtype,
         shape,
         span,
@@ -179,7 +179,7 @@ impl Format for Bnb4 {
             array("quant_map", Dtype::F32, vec![16], Span::Whole),
             Component {
                 suffix: self.state_name().into(),
-                sibling: false,
+                naming: Naming::Appended,
                 dtype: Dtype::U8,
                 shape: vec![state_bytes as u64],
                 span: if params.double_quant {

@@ -23,7 +23,9 @@
 //! 0, `int8_vectorwise_dequant`). A 64-bit source is rounded to f16 once here; torch rounds it
 //! twice.
 
-use super::{Component, Encodes, Exactness, Format, Info, Layout, Params, Parts, PartsMut, Span};
+use super::{
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Level};
@@ -72,7 +74,7 @@ impl Format for Bnb8 {
             components: vec![
                 Component {
                     suffix: "".into(),
-                    sibling: false,
+                    naming: Naming::Appended,
                     dtype: Dtype::I8,
                     shape: shape.to_vec(),
                     span: Span::Blocks {
@@ -82,7 +84,7 @@ impl Format for Bnb8 {
                 },
                 Component {
                     suffix: "SCB".into(),
-                    sibling: true,
+                    naming: Naming::Sibling,
                     dtype: Dtype::F32,
                     shape: vec![rows],
                     span: Span::Blocks {
@@ -92,7 +94,7 @@ impl Format for Bnb8 {
                 },
                 Component {
                     suffix: "weight_format".into(),
-                    sibling: true,
+                    naming: Naming::Sibling,
                     dtype: Dtype::U8,
                     shape: Vec::new(),
                     span: Span::Whole,

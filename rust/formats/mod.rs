@@ -208,14 +208,35 @@ impl Span {
     }
 }
 
+/// What the array of a component is called, for a tensor called `m.weight`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// `m.weight.absmax`: the suffix behind the tensor's name and a dot.
+    Appended,
+    /// `m.SCB`: the suffix in place of the last segment.
+    Sibling,
+    /// `m._weight_qdata`: the last segment with an underscore on both sides, then the suffix (torchao).
+    Flattened,
+}
+
+impl Naming {
+    /// The name that JSON has for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Naming::Appended => "appended",
+            Naming::Sibling => "sibling",
+            Naming::Flattened => "flattened",
+        }
+    }
+}
+
 /// One stored array of an encoded tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Component {
-    /// What is appended to the tensor's name; empty for the main array.
+    /// Which one it is; empty for a main array that has the tensor's own name.
     pub suffix: Cow<'static, str>,
-    /// The suffix replaces the last segment of the tensor's name (bitsandbytes' `SCB`), instead of
-    /// following it behind a dot.
-    pub sibling: bool,
+    /// How the name of the array is made of the suffix and the tensor's name.
+    pub naming: Naming,
     /// Stored element type.
     pub dtype: Dtype,
     /// Stored shape; for [`Span::WholeAtMost`] the largest possible.
@@ -235,13 +256,16 @@ impl Component {
 
     /// Name of this array in the file, for a tensor called `base`.
     pub fn stored_name(&self, base: &str) -> String {
-        match (self.suffix.as_ref(), self.sibling) {
-            ("", _) => base.to_owned(),
-            (suffix, false) => format!("{base}.{suffix}"),
-            (suffix, true) => match base.rsplit_once('.') {
-                Some((module, _)) => format!("{module}.{suffix}"),
-                None => suffix.to_owned(),
-            },
+        let suffix = self.suffix.as_ref();
+        let (module, leaf) = match base.rsplit_once('.') {
+            Some((module, leaf)) => (format!("{module}."), leaf),
+            None => (String::new(), base),
+        };
+        match self.naming {
+            Naming::Appended if suffix.is_empty() => base.to_owned(),
+            Naming::Appended => format!("{base}.{suffix}"),
+            Naming::Sibling => format!("{module}{suffix}"),
+            Naming::Flattened => format!("{module}_{leaf}_{suffix}"),
         }
     }
 }

@@ -9,7 +9,8 @@
 //! difference: it becomes quiet here.
 
 use super::{
-    Component, Encodes, Exactness, Format, Info, Layout, NonFinite, Params, Parts, PartsMut, Span,
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, NonFinite, Params, Parts,
+    PartsMut, Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -66,7 +67,7 @@ impl Format for Plain {
             params: params.clone(),
             components: vec![Component {
                 suffix: "".into(),
-                sibling: false,
+                naming: Naming::Appended,
                 dtype: self.dtype,
                 shape: shape.to_vec(),
                 span: Span::Blocks {

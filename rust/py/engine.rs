@@ -13,6 +13,7 @@ use serde_json::json;
 use super::errors::guarded;
 use super::metadata;
 use crate::dtype::Dtype;
+use crate::engine::recognise::Hints;
 use crate::engine::{
     self, compare, fill, plan, read, report, verify, Progress, Request, RunChoices,
 };
@@ -94,9 +95,23 @@ pub struct Checkpoint(Arc<engine::Checkpoint>);
 #[pymethods]
 impl Checkpoint {
     #[staticmethod]
-    #[pyo3(signature = (path, lenient=false))]
-    fn open(py: Python<'_>, path: PathBuf, lenient: bool) -> PyResult<Self> {
-        guarded(py, || engine::Checkpoint::open_with(&path, lenient))
+    #[pyo3(signature = (path, lenient=false, quantization=None, dtype=None))]
+    fn open(
+        py: Python<'_>,
+        path: PathBuf,
+        lenient: bool,
+        quantization: Option<&str>,
+        dtype: Option<&str>,
+    ) -> PyResult<Self> {
+        let quantization = quantization
+            .map(serde_json::from_str)
+            .transpose()
+            .map_err(|error| Error::config(format!("quantization config: {error}")))?;
+        let hints = Hints {
+            quantization,
+            dtype: dtype.and_then(Dtype::from_name),
+        };
+        guarded(py, || engine::Checkpoint::open_with(&path, lenient, &hints))
             .map(|checkpoint| Checkpoint(Arc::new(checkpoint)))
     }
 

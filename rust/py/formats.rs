@@ -38,7 +38,7 @@ struct FormatRow {
 #[derive(Serialize)]
 struct ComponentRow<'a> {
     suffix: &'a str,
-    sibling: bool,
+    naming: &'static str,
     dtype: String,
     shape: &'a [u64],
     bytes: u64,
@@ -127,7 +127,7 @@ fn component_rows(layout: &Layout) -> Result<Vec<ComponentRow<'_>>> {
         .map(|(index, component)| {
             Ok(ComponentRow {
                 suffix: &component.suffix,
-                sibling: component.sibling,
+                naming: component.naming.name(),
                 dtype: component.dtype.name(),
                 shape: &component.shape,
                 bytes: layout.component_bytes(index)?,

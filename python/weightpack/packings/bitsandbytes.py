@@ -1,0 +1,68 @@
+"""bitsandbytes: 4-bit or int8 weights, never both.
+
+The section has the keys and values that transformers 5.23 and diffusers 0.42.1 write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..decision import Decision, Target
+from ..entry import FLOATS
+from ..errors import ConfigError, UnsupportedError
+from ..skip_list import settle
+from .table import HostConfig
+
+__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+
+METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+_INT8 = "bitsandbytes:int8"
+
+
+def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
+    """One config describes 4-bit or 8-bit weights. What was packed before and is of the other kind
+    is decoded; two kinds that were asked for are refused."""
+    asked = {d.result == _INT8 for d in decisions if d.format.startswith("bitsandbytes:")}
+    if len(asked) == 2:
+        raise ConfigError("a bitsandbytes checkpoint holds either 4-bit or int8 weights, and both are assigned")
+    if not asked:
+        asked = {d.result == _INT8 for d in decisions if d.result.startswith("bitsandbytes:")}
+        if len(asked) == 2:
+            raise UnsupportedError("the checkpoint holds 4-bit and int8 weights at once, which no host loads")
+    (is_int8,) = asked
+    settled = []
+    for decision in decisions:
+        if decision.result.startswith("bitsandbytes:") and (decision.result == _INT8) != is_int8:
+            plain = FLOATS.get(decision.entry.dtype, target.plain)
+            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
+        settled.append(decision)
+    return settled
+
+
+def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
+    """The section; nothing else is needed."""
+    is_int8 = packed[0].result == _INT8
+    kinds = Counter(d.result.partition(":")[2] for d in packed)
+    double = any(d.params.get("double_quant") or _is_double_quantized(d) for d in packed)
+    section = {
+        "_load_in_4bit": not is_int8,
+        "_load_in_8bit": is_int8,
+        "bnb_4bit_compute_dtype": "float32" if is_int8 else compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4" if is_int8 else kinds.most_common(1)[0][0],
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip_list),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": not is_int8,
+        "load_in_8bit": is_int8,
+        "quant_method": "bitsandbytes",
+    }
+    return HostConfig(section)
+
+
+def _is_double_quantized(decision: Decision) -> bool:
+    return decision.format == "copy" and any(p.name.endswith(".nested_absmax") for p in decision.entry.parts)
