@@ -16,6 +16,7 @@ from ..loading.host import host_of
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
 from .destination import carried_files, index_name, replaced_files, weights_stem
+from .offloaded import brought_back, tied_again
 from .pickle import pickled
 
 MEMORY_BYTES = 32 << 20
@@ -57,18 +58,19 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_se
             f"{host.name} packed this model by itself, and only {host.name} knows how its weights are stored",
             hint="load it with weightpack.from_pretrained, or call register() of its integration before",
         )
-    if quantizer is None:
-        state, metadata = model.state_dict(), dict[str, str]()
-    elif quantizer.is_serializable and not safe_serialization:
-        state, metadata = quantizer.pickled_state(model), {}
-    elif quantizer.is_serializable:
-        state, metadata = quantizer.stored_state(model)
-    else:
+    if quantizer is not None and not quantizer.is_serializable:
         raise ConfigError(
             f"{quantizer.name} models cannot be saved: {quantizer.unserializable_reason}",
             hint="dequantize() gives a model that can",
         )
-    tensors = host.stored_tensors(model, quantizer, state)
+    with brought_back(model):
+        if quantizer is None:
+            state, metadata = model.state_dict(), dict[str, str]()
+        elif safe_serialization:
+            state, metadata = quantizer.stored_state(model)
+        else:
+            state, metadata = quantizer.pickled_state(model), {}
+    tensors = host.stored_tensors(model, quantizer, tied_again(model, state))
     texts = host.files(model, quantizer)
     stem = host.stem or "model"
     return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts, is_pickle=not safe_serialization)
