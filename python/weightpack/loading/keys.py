@@ -32,6 +32,8 @@ class Logical:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all components as they are stored."""
+        if not self.parts:
+            return 0 if self.entry is None else int(self.entry.nbytes)
         return sum(int(entry.parts[number].nbytes) for entry, number in self.parts.values())
 
     @property

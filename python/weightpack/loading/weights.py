@@ -104,13 +104,7 @@ class Loader:
             give_back()
 
     def _stored_bytes(self, target: Target) -> int:
-        total = 0
-        for tensor in (self._logical[source] for source in target.sources):
-            if tensor.is_packed:
-                total += sum(entry.parts[number].nbytes for entry, number in tensor.parts.values())
-            elif tensor.entry is not None:
-                total += tensor.entry.nbytes
-        return total
+        return sum(self._logical[source].stored_bytes for source in target.sources)
 
     # What to read.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..._lazy import require
+from ..module_kinds import kind_of
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -45,13 +46,7 @@ def describe_layers(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> di
 def _kind(torch: Any, module: Any) -> str:
     if isinstance(module, torch.nn.Linear):
         return "linear"
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return "convolution"
-    return "other"
+    return kind_of(torch, module)
 
 
 def _is_fixed(path: str, fixed: list[str]) -> bool:

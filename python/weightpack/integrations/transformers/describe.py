@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..._lazy import require
+from ..module_kinds import kind_of
 
 _PURPOSE = "ask the model class for its linear layers"
 
@@ -80,13 +81,7 @@ def _kind(torch: Any, transformers: Any, module: Any) -> str:
         return "linear"
     if isinstance(module, transformers.pytorch_utils.Conv1D):
         return "conv1d"
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return "convolution"
-    return "other"
+    return kind_of(torch, module)
 
 
 def _skipped(model: Any, linears: list[str], keep_in_fp32: list[str]) -> dict[str, str]:
