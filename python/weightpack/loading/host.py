@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..stored import Stored
 
 HOSTS = ("transformers", "diffusers")
+_BASES = {"PreTrainedModel": "transformers", "ModelMixin": "diffusers"}
+"""The base classes of their models: diffusers defines some models of transformers (a safety checker)."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,15 @@ class Host(Protocol):
 
 def host_of(model_class: Any) -> Host:
     """The adapter of the library that `model_class` comes from."""
-    for base in getattr(model_class, "__mro__", (model_class,)):
-        package = str(getattr(base, "__module__", "")).partition(".")[0]
-        if package in HOSTS:
-            found: Host = import_module(f"weightpack.integrations.{package}").ADAPTER
-            return found
+    named = [
+        (base.__name__, str(getattr(base, "__module__", "")).partition(".")[0])
+        for base in getattr(model_class, "__mro__", ())
+    ]
+    package = next((package for name, package in named if _BASES.get(name) == package), None)
+    package = package or next((package for _, package in named if package in HOSTS), None)
+    if package is not None:
+        found: Host = import_module(f"weightpack.integrations.{package}").ADAPTER
+        return found
     from .plain import PlainHost
 
     plain: Host = PlainHost()
