@@ -38,31 +38,19 @@ def download(
 ) -> Path:
     """The folder in the cache that holds the model's configs and the one set of weights asked for.
 
-    Raises `BackendError` without huggingface_hub, `CheckpointError` for a model that is neither in the
-    cache nor on the hub.
+    Raises as `fetch_files`.
     """
-    if not is_installed("huggingface_hub"):
-        raise missing("huggingface_hub", _PURPOSE)
-    hub = require("huggingface_hub", _PURPOSE)
-    errors = require("huggingface_hub.errors", _PURPOSE)
-    options: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    folder = Path()
 
     def fetch(names: list[str]) -> Path:
-        try:
-            return Path(hub.snapshot_download(name, allow_patterns=[prefix + one for one in names], **options))
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f'"{name}" is no folder here, and was not found on the hub: {reason}',
-                hint="check the name, the network, and whether the model wants a token",
-            ) from error
+        return fetch_files(
+            name,
+            [prefix + one for one in names],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
     folder = fetch(
         [CONFIG, "generation_config.json", "*.index.json", "*.index.*.json", "quanto_qmap.json", "hf_quant_config.json"]
@@ -79,3 +67,39 @@ def download(
         if (place / wanted).is_file():
             break
     return folder
+
+
+def fetch_files(
+    name: str,
+    patterns: list[str],
+    *,
+    left_out: list[str] | None = None,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    """The folder in the cache that holds those files of `name` which match one of `patterns` and none of
+    `left_out`.
+
+    Raises `BackendError` without huggingface_hub, `CheckpointError` for a model that is neither in the
+    cache nor on the hub.
+    """
+    if not is_installed("huggingface_hub"):
+        raise missing("huggingface_hub", _PURPOSE)
+    hub = require("huggingface_hub", _PURPOSE)
+    errors = require("huggingface_hub.errors", _PURPOSE)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out, **options))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f'"{name}" is no folder here, and was not found on the hub: {reason}',
+            hint="check the name, the network, and whether the model wants a token",
+        ) from error
