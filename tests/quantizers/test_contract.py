@@ -65,7 +65,7 @@ def storage(model):
             for part in value.__tensor_flatten__()[0]:
                 put(f"{name}.{part}", getattr(value, part))
         else:
-            found[name] = bytes(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).tolist())
+            found[name] = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     for name, value in model.state_dict().items():
         put(name, value)
