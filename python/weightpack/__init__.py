@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .inspect_ import CheckpointInfo, inspect
     from .loading.load import from_pretrained
     from .model_mixin import ModelMixin
+    from .pipelines.config import PipelineQuantizationConfig
+    from .pipelines.load import load_pipeline
+    from .pipelines.save import save_pipeline
     from .quantizers.auto import AutoQuantizer, register_quantizer
     from .quantizers.base import Quantizer, quantizer_of
     from .quantizers.bitsandbytes import BitsAndBytesConfig
@@ -53,6 +56,7 @@ _NAMES = {
     "GGUFQuantizationConfig": "quantizers.gguf",
     "ModelMixin": "model_mixin",
     "NVIDIAModelOptConfig": "quantizers.modelopt",
+    "PipelineQuantizationConfig": "pipelines.config",
     "QuantizationConfig": "quantizers.config",
     "QuantizationMethod": "quantizers.config",
     "Quantizer": "quantizers.base",
@@ -69,11 +73,13 @@ _NAMES = {
     "gguf": "gguf",
     "inspect": "inspect_",
     "integrations": "integrations",
+    "load_pipeline": "pipelines.load",
     "open_checkpoint": "checkpoint",
     "pack_int4": "formats_",
     "quantize": "formats_",
     "quantizer_of": "quantizers.base",
     "register_quantizer": "quantizers.auto",
+    "save_pipeline": "pipelines.save",
     "save_pretrained": "saving.save",
     "unpack_int4": "formats_",
 }
@@ -93,6 +99,7 @@ __all__ = [
     "GGUFQuantizationConfig",
     "ModelMixin",
     "NVIDIAModelOptConfig",
+    "PipelineQuantizationConfig",
     "QuantizationConfig",
     "QuantizationMethod",
     "Quantizer",
@@ -109,11 +116,13 @@ __all__ = [
     "gguf",
     "inspect",
     "integrations",
+    "load_pipeline",
     "open_checkpoint",
     "pack_int4",
     "quantize",
     "quantizer_of",
     "register_quantizer",
+    "save_pipeline",
     "save_pretrained",
     "unpack_int4",
 ]

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers as a whole: packed component by component while they are loaded, saved in one step."""
