@@ -25,6 +25,7 @@ def save_pipeline(
     path: str | os.PathLike[str],
     *,
     max_shard_size: str | int = "5GB",
+    safe_serialization: bool = True,
     variant: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -52,7 +53,7 @@ def save_pipeline(
     for component, value in host.parts(pipeline).items():
         with about(component):
             if isinstance(value, torch.nn.Module) and host_of(type(value)).name in HOSTS:
-                parts.append(part_of(value, folder=component, variant=variant))
+                parts.append(part_of(value, folder=component, variant=variant, safe_serialization=safe_serialization))
             elif callable(getattr(value, "save_pretrained", None)):
                 others[component] = value
             else:
