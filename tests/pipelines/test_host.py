@@ -28,7 +28,8 @@ from tests.pipelines import tiny
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     safe = False if folder.name == "pickle" else None
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, use_safetensors=safe)
+    dtype = torch.float32 if folder.name == "quanto" else torch.bfloat16
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=safe)
     found[folder.name] = tiny.image(pipeline)
 assert "weightpack" not in sys.modules
 numpy.savez(sys.argv[2], **found)
@@ -51,6 +52,9 @@ def configs():
     }
 
 
+IN_FLOAT32 = {"quanto"}
+"""torch's product of bfloat16 and int8, which diffusers' layers come to, reads past the end of mapped files
+on some processors, also of those that diffusers itself has written."""
 BY_OTHER_KERNELS = {"4 bits": "bitsandbytes has kernels for some processors that sum in another order"}
 """Where outputs are close, and not equal."""
 
@@ -68,7 +72,8 @@ def test_diffusers_loads_what_is_saved(source, tmp_path, peer):
     wanted = {}
     for name, (mapping, options) in configs().items():
         config = wp.PipelineQuantizationConfig(quant_mapping=mapping) if mapping else None
-        pipeline = wp.load_pipeline(source, quantization_config=config, torch_dtype="bfloat16")
+        dtype = "float32" if name in IN_FLOAT32 else "bfloat16"
+        pipeline = wp.load_pipeline(source, quantization_config=config, torch_dtype=dtype)
         wp.save_pipeline(pipeline, tmp_path / "saved" / name, **options)
         wanted[name] = tiny.image(pipeline)
     command = [sys.executable, "-c", HOST, str(tmp_path / "saved"), str(tmp_path / "images.npz")]
