@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,19 @@ def _unpickle(file: Path) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise CheckpointError(f'holds a {type(found).__name__}, expected tensors by name (file "{file}")')
     return dict(found)
+
+
+def safetensors_headers(files: Iterable[Any]) -> tuple[list[str], dict[str, str]]:
+    """The keys of all safetensors files among `files`, and what their headers say besides, together."""
+    safe_open = require("safetensors", "read checkpoints").safe_open
+    keys: list[str] = []
+    metadata: dict[str, str] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                keys += opened.keys()
+                metadata |= opened.metadata() or {}
+    return keys, metadata
 
 
 def config_of(location: Location, given: Any) -> dict[str, Any]:

@@ -229,7 +229,12 @@ class Quantizer(ABC):
 
     def stored_state(self, model: Any) -> tuple[Mapping[str, Any], dict[str, str]]:
         """The model's tensors as a checkpoint holds them, and the metadata that belongs to them."""
-        return model.state_dict(), {}
+        return self.stored_form(model.state_dict())
+
+    def stored_form(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
+        """`state`, a model's tensors by name, as `stored_state` gives it. Hosts that save by themselves ask for
+        this: they have the tensors, and not always the model."""
+        return state, {}
 
     def pickled_state(self, model: Any) -> Mapping[str, Any]:
         """The model's tensors as torch's own files hold them, which have no metadata."""

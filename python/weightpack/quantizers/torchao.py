@@ -12,7 +12,6 @@ packs an embedding that it was asked to pack only if the config names modules. H
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from .base import Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of
 from .modules import owner, set_parameter
 from .torchao_slabs import pack
-from .torchao_weights import FileWeights, decode, is_packed, is_saved_class
+from .torchao_weights import FileWeights, decode, flatten, is_packed, is_saved_class
 
 _PURPOSE = "pack weights for torchao"
 
@@ -293,11 +292,9 @@ class TorchAoQuantizer(Quantizer):
         packed = [one for one in model.parameters() if is_packed(one)]
         self.is_serializable = all(is_saved_class(one) for one in packed)
 
-    def stored_state(self, model: Any) -> tuple[Mapping[str, Any], dict[str, str]]:
+    def stored_form(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
         """torchao's tensors taken apart, and how they are put together again."""
-        flatten = require("torchao.prototype.safetensors.safetensors_support", _PURPOSE).flatten_tensor_state_dict
-        flat, metadata = flatten(model.state_dict())
-        return flat, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+        return flatten(state)
 
     def pickled_state(self, model: Any) -> Mapping[str, Any]:
         """torchao's tensors whole: their pickles say how they are packed."""

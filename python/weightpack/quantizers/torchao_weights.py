@@ -129,6 +129,31 @@ def arrays_of(weight: Any) -> dict[str, Any]:
     return {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
 
 
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors by name as torchao's `flatten_tensor_state_dict` gives them for a safetensors file, and the
+    metadata of that file. Arrays are those of the packed tensors themselves, where torchao copies them.
+
+    The metadata tells the class and attributes of each tensor, also of those that are not packed, and
+    under `tensor_names` all names. Raises `FormatError` for a class that torchao does not write.
+    """
+    torch = require("torch", _PURPOSE)
+    encoder = require("torchao.prototype.safetensors.safetensors_utils", _PURPOSE).TensorSubclassAttributeJSONEncoder
+    flat: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for name, tensor in state.items():
+        if is_saved_class(tensor):
+            path, dot, leaf = name.rpartition(".")
+            flat |= {f"{path}{dot}_{leaf}_{one}": array.detach() for one, array in arrays_of(tensor).items()}
+            metadata[name] = json.dumps(tensor, cls=encoder)
+        elif is_packed(tensor):
+            raise FormatError(f'torchao does not write a {type(tensor).__name__} to files (tensor "{name}")')
+        else:
+            flat[name] = tensor
+            metadata[name] = json.dumps({"_type": torch.Tensor.__name__})
+    metadata["tensor_names"] = json.dumps(list(state))
+    return flat, metadata
+
+
 def trial(config: Any, shape: tuple[int, ...], dtype: Any, device: Any, *, embedding: bool = False) -> Any:
     """What torchao makes of a weight of zeros: the packed tensor, or the error that says why it cannot.
 

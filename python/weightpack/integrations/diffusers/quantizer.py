@@ -24,9 +24,11 @@ from typing import Any
 from ..._lazy import require
 from ...entry import Entry
 from ...errors import BackendError, CheckpointError, ConfigError
+from ...loading.source import safetensors_headers
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
-from .configs import left_unpacked, saved_config
+from ...stored import distinct
+from .configs import left_unpacked, misread_warning, saved_config
 from .gguf_file import blocks_of, decoded, entries_of
 
 _PURPOSE = "pack its models"
@@ -83,7 +85,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
         self._keys = list(loaded_keys)
         if self.pre_quantized:
             quantizer: Any = self.quantizer
-            quantizer.file_metadata = _metadata(checkpoint_files)
+            _, quantizer.file_metadata = safetensors_headers(checkpoint_files)
             self._keys = self._group(loaded_keys)
         return self._keys
 
@@ -248,23 +250,19 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What diffusers' `save_pretrained` writes; torchao's tensors are taken apart as diffusers does it.
+        """What diffusers' `save_pretrained` writes: the same tensors as `weightpack.save_pretrained`.
 
         Warns where diffusers by itself will not be able to load it.
         """
         if self.misread is not None:
-            warnings.warn(
-                "no skip list tells diffusers which layers are not packed: it takes "
-                f"{self.misread} for one of them; what is saved loads with weightpack alone",
-                stacklevel=3,
-            )
-        if self.quantizer.name != "torchao":
+            warnings.warn(misread_warning(self.misread), stacklevel=3)
+        if not safe_serialization:
+            # torch's own files have no metadata: packed tensors stay whole.
             return state_dict, {}
-        own = require("diffusers.quantizers.torchao.torchao_quantizer", _PURPOSE).TorchAoHfQuantizer
-        flat: tuple[dict[str, Any], dict[str, Any]] = own.get_state_dict_and_metadata(
-            self, state_dict, safe_serialization=safe_serialization
-        )
-        return flat
+        stored, metadata = self.quantizer.stored_form(state_dict)
+        # safetensors refuses memory that has two names; diffusers takes each for a tensor of its own.
+        first = distinct(stored)
+        return {key: one if key in first else one.clone() for key, one in stored.items()}, dict(metadata)
 
     def _dequantize(self, model: Any) -> Any:
         """Ordinary layers, and a config that no longer speaks of packed ones."""
@@ -320,17 +318,6 @@ def attach(model: Any, quantizer: Quantizer, torch_dtype: Any) -> None:
     adapter.misread = misread
     model.hf_quantizer = adapter
     model.register_to_config(quantization_config=config, _pre_quantization_dtype=torch_dtype)
-
-
-def _metadata(files: Sequence[Any]) -> Mapping[str, str]:
-    """What the headers of safetensors files say besides their tensors."""
-    safe_open = require("safetensors", "read checkpoints").safe_open
-    merged: dict[str, str] = {}
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                merged.update(opened.metadata() or {})
-    return merged
 
 
 def _device_of(name: str, device_map: Any) -> Any:

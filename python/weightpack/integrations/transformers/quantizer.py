@@ -14,11 +14,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._lazy import require
 from ...errors import BackendError, UnsupportedError
+from ...loading.source import safetensors_headers
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
 from ...quantizers.config import QuantizationConfig
@@ -314,16 +315,9 @@ def _on_disk(device_map: Any) -> list[str]:
 
 def _headers(files: Sequence[Any]) -> tuple[list[str], Mapping[str, str]]:
     """The keys of all files of a checkpoint, and what the headers of safetensors files say besides."""
-    safe_open = require("safetensors", "read checkpoints").safe_open
     load = require("transformers.modeling_utils", _PURPOSE).load_state_dict
-    keys: list[str] = []
-    metadata: dict[str, str] = {}
+    keys, metadata = safetensors_headers(files)
     for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                keys += opened.keys()
-                metadata |= opened.metadata() or {}
-        else:
-            names: Iterable[str] = load(file, map_location="meta")
-            keys += names
+        if not str(file).endswith(".safetensors"):
+            keys += load(file, map_location="meta")
     return keys, metadata
