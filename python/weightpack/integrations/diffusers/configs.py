@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..._lazy import require
 from ...quantizers.auto import AutoQuantizer
 from ...quantizers.base import Quantizer
 from ...skip_list import settle, skipped_by_diffusers
@@ -18,14 +19,14 @@ def saved_config(config: Any, model: Any, quantizer: Quantizer) -> tuple[Any, st
     then its list names what was left unpacked, in words that diffusers reads the same way. Where there
     are no such words, also a packed layer that diffusers would take for one left unpacked.
     """
-    if quantizer.pre_quantized or quantizer.name not in _READERS:
+    if quantizer.name not in _READERS:
         return config, None
     field, reads = _READERS[quantizer.name]
     fixed = fixed_entries(model)
     packed = set(quantizer.quantized)
-    kept = {
-        path for path, module in model.named_modules() if path and path not in packed and quantizer.takes(path, module)
-    }
+    linear = require("torch", "load models").nn.Linear
+    # Only such layers does diffusers look up in these lists, and those of derived classes too.
+    kept = {path for path, module in model.named_modules() if path not in packed and isinstance(module, linear)}
     given = [*quantizer.config.skip_list, *fixed]
     if all(reads(given, path) for path in kept) and not any(reads(given, path) for path in packed):
         return config, None
@@ -37,6 +38,14 @@ def saved_config(config: Any, model: Any, quantizer: Quantizer) -> tuple[Any, st
     if misread:
         return config, misread[0]
     return dataclasses.replace(AutoQuantizer.as_config(config), **{field: tuple(entries)}), None
+
+
+def misread_warning(path: str) -> str:
+    """What to say of a model for which there is no such config: `path` is the layer that `saved_config` gave."""
+    return (
+        f"no skip list tells diffusers which layers are not packed: it takes {path} for one of them; what is "
+        "saved loads with weightpack alone"
+    )
 
 
 def _quanto_skips(entries: Sequence[str], path: str) -> bool:

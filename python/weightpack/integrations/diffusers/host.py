@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..._lazy import require
@@ -37,7 +37,7 @@ class DiffusersHost:
         if model_class.__name__ in remapped._CLASS_REMAPPING_DICT and "norm_type" in config:
             model_class = remapped._fetch_remapped_cls_from_config(config, model_class)
         kept = {key: value for key, value in config.items() if key != "quantization_config"}
-        if _is_local_path(kept.get("_name_or_path")):
+        if is_local_path(kept.get("_name_or_path")):
             del kept["_name_or_path"]
         return model_class, kept
 
@@ -164,12 +164,12 @@ def _named_class(diffusers: Any, config: Mapping[str, Any]) -> Any:
     return found
 
 
-def _is_local_path(name: Any) -> bool:
+def is_local_path(name: Any) -> bool:
     """Whether a name is a place on someone's disk rather than a repository (`owner/model`)."""
     if not isinstance(name, str):
         return name is not None
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-    return absolute or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    return absolute or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
 
 
 def _renamed(model: Any, entries: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
