@@ -30,18 +30,23 @@ from ..mapping import MappedTensor, Rows
 from ..quantizers.dtypes import of_stored
 from ..streaming import Job, fill
 from ..targets import COPY
+from .host import Target
 from .source import Weights
 
 
 class HostNamed(Weights):
     """The tensors of a GGUF file under other names.
 
-    `tensors` says what each is made of. A packed tensor whose values are not changed is packed here,
+    `tensors` says what each is made of, `prefix` what stands before the model's own names in the file
+    (`None` where these are others). A packed tensor whose values are not changed is packed here,
     too: its array is one of rows of blocks, and `shape` that of the weights. With `mmap`, what is
     stored in one piece and unchanged stays in the mapped file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensors: Sequence[MappedTensor], *, mmap: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Sequence[MappedTensor], *, prefix: str | None = None, mmap: bool = False
+    ) -> None:
+        self.prefix = prefix
         self._checkpoint = checkpoint
         self.is_lent = mmap
         self._file = open_gguf(checkpoint.models[0].weights) if mmap else None
@@ -82,7 +87,7 @@ class HostNamed(Weights):
         tensor = self._tensors[job.name]
         entry = self.entries[job.name]
         if job.rows:
-            tensor = self._rows(job)
+            tensor = self._rows(job.name, job.rows)
         whole = len(tensor.sources) == 1 and tensor.sources[0].is_whole
         add = None if tensor.add is None and job.add is None else (tensor.add or 0.0) + (job.add or 0.0)
         format = job.format
@@ -99,15 +104,24 @@ class HostNamed(Weights):
             add=add,
         )
 
-    def _rows(self, job: Job) -> MappedTensor:
+    def made_of(self, target: Target) -> MappedTensor | None:
+        """The rows of the file's own tensors that a target of the loader is, by the target's name; `None` where
+        the host computes it of them."""
+        if target.merge is not None:
+            return None
+        found = self._rows(target.sources[0], target.rows) if target.rows else self._tensors[target.sources[0]]
+        add = None if target.add is None and found.add is None else (target.add or 0.0) + (found.add or 0.0)
+        return MappedTensor(target.name, found.sources, target.shape or found.shape, add)
+
+    def _rows(self, name: str, wanted: Sequence[Rows]) -> MappedTensor:
         """The rows that a host takes of tensors which are there as they are."""
         sources = []
-        for rows in job.rows:
+        for rows in wanted:
             tensor = self._tensors[rows.name]
             if not (len(tensor.sources) == 1 and tensor.sources[0].is_whole and tensor.add is None):
-                raise UnsupportedError(f'"{job.name}" is made of rows of "{rows.name}", which is put together itself')
+                raise UnsupportedError(f'"{name}" is made of rows of "{rows.name}", which is put together itself')
             sources.append(replace(rows, name=tensor.sources[0].name))
-        return MappedTensor(job.name, tuple(sources))
+        return MappedTensor(name, tuple(sources))
 
 
 def host_named(
@@ -118,23 +132,27 @@ def host_named(
 
     Raises `UnsupportedError` where nothing knows the names of the file.
     """
-    return HostNamed(checkpoint, _named(checkpoint, host, model, names), mmap=mmap)
+    tensors, prefix = _named(checkpoint, host, model, names)
+    return HostNamed(checkpoint, tensors, prefix=prefix, mmap=mmap)
 
 
-def _named(checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str]) -> list[MappedTensor]:
+def _named(
+    checkpoint: Checkpoint, host: Any, model: Any, names: Collection[str]
+) -> tuple[list[MappedTensor], str | None]:
+    """The tensors, and the prefix of the model's own names where these are in the file."""
     prefix, share = _own_prefix(checkpoint, names)
     if share == 1:
-        return _as_stored(checkpoint, prefix)
+        return _as_stored(checkpoint, prefix), prefix
     try:
-        return list(host_target.prepare(checkpoint, list(checkpoint.values()), "host").mapped.values())
+        return list(host_target.prepare(checkpoint, list(checkpoint.values()), "host").mapped.values()), None
     except UnsupportedError:
         tensors = _by_host(checkpoint, host, model)
-        if tensors is None and share > 0.5:
+        if tensors is not None:
+            return tensors, None
+        if share > 0.5:
             # What has no place, and what is missing, is told by the loader.
-            tensors = _as_stored(checkpoint, prefix)
-        if tensors is None:
-            raise
-        return tensors
+            return _as_stored(checkpoint, prefix), prefix
+        raise
 
 
 def _by_host(checkpoint: Checkpoint, host: Any, model: Any) -> list[MappedTensor] | None:

@@ -14,7 +14,9 @@ from ..placement import DISK, Placement
 from ..quantizers.dtypes import torch_dtype as as_torch_dtype
 from ..quantizers.modules import find_tensor, set_parameter
 from . import devices, keys, missing
-from .gguf_source import host_named
+from .gguf_origin import origin_of
+from .gguf_rows import StoredRows
+from .gguf_source import HostNamed, host_named
 from .host import Host
 from .offload import Disk, dispatch
 from .skeleton import build, shared_names, state_of
@@ -82,8 +84,12 @@ class Loading:
         quantizer = self._quantizer
         if self._gguf is not None:
             self._weights = host_named(self._gguf, self._host, self.model, self._state, mmap=self._weights.is_lent)
+        types = getattr(quantizer.config, "stored_types", None) if quantizer is not None else None
+        if types:
+            self._weights = StoredRows(self._weights, types, quantizer.config.stored_shapes or {})
         if quantizer is not None:
             quantizer.file_metadata = self._weights.metadata
+            quantizer.source_folder = self._location.folder
         self._logical = keys.group(self._weights, quantizer)
         self._plan = keys.plan(
             self._host,
@@ -181,6 +187,7 @@ class Loading:
             on_progress=on_progress,
         )
         loader.load(self._plan.targets)
+        self._remember()
         for target in self._plan.targets:
             self._share(target.name)
         self._host.tie(self.model, self.info.missing)
@@ -197,6 +204,17 @@ class Loading:
             set_tensor=self._set,
             on_disk=self._disk.index if self._disk is not None else (),
         )
+
+    def _remember(self) -> None:
+        """Tells a quantizer that asks for it what of a GGUF file is not in the model."""
+        quantizer = self._quantizer
+        if self._gguf is None or not isinstance(self._weights, HostNamed) or not hasattr(quantizer, "origin"):
+            return
+
+        def found(name: str) -> Any:
+            return find_tensor(self.model, name)
+
+        quantizer.origin = origin_of(self._gguf, self._weights, self._plan.targets, found)
 
     def _set(self, name: str, tensor: Any, device: str) -> None:
         if device == DISK and self._disk is not None:

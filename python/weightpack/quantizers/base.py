@@ -28,6 +28,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .._lazy import distribution, require
@@ -76,6 +77,8 @@ class Quantizer(ABC):
     """Whether what it makes can be saved."""
     unserializable_reason: str = "the backend has no form for files"
     """Why not, where it cannot."""
+    source_folder: Path | None = None
+    """The folder that the model was loaded from, where it came from one."""
     is_trainable: bool = False
     """Whether adapters can be trained on top of it."""
     is_compileable: bool = False
@@ -90,6 +93,11 @@ class Quantizer(ABC):
         self.device_map: Any = None
         self.stored_bytes: dict[str, int] = {}
         """Bytes of each parameter that the checkpoint holds packed, all components together."""
+
+    @property
+    def is_saved_by_host(self) -> bool:
+        """Whether the host's own `save_pretrained` writes something that can be loaded."""
+        return self.is_serializable
 
     # Before the model is built.
 
@@ -239,6 +247,11 @@ class Quantizer(ABC):
     def pickled_state(self, model: Any) -> Mapping[str, Any]:
         """The model's tensors as torch's own files hold them, which have no metadata."""
         return self.stored_state(model)[0]
+
+    def stored_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The tensors of a checkpoint, by their names there, as they are written, and what its
+        `quantization_config` says of them beside `config`."""
+        return tensors, {}
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Puts ordinary layers with decoded weights in place; gives the model.

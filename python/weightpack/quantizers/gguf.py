@@ -24,6 +24,7 @@ from ..matcher import Matcher
 from .base import Packing, Quantizer
 from .config import QuantizationConfig, QuantizationMethod, names_of, one_of
 from .dtypes import dtype_name, torch_dtype
+from .gguf_stored import LEAF, checked, checked_shapes, compact
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,7 +38,8 @@ class GGUFQuantizationConfig(QuantizationConfig):
     while loading (see `weightpack.matcher`).
 
     `quant_type` ("q4_k", "Q8_0") packs the linear layers of a model that is not packed: those whose rows
-    are whole blocks of that type. The hosts do not have this field.
+    are whole blocks of that type. `stored_types` and `stored_shapes` are in the config of a folder of packed
+    weights that weightpack wrote, see `gguf_stored`. The hosts do not have these fields.
 
     >>> GGUFQuantizationConfig(compute_dtype="bf16").to_dict()["compute_dtype"]
     'bfloat16'
@@ -49,6 +51,8 @@ class GGUFQuantizationConfig(QuantizationConfig):
     compute_dtype: Any = None
     modules_to_not_convert: tuple[str, ...] | None = None
     quant_type: str | None = None
+    stored_types: Mapping[str, str | None] | None = None
+    stored_shapes: Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         chosen = "float32" if self.compute_dtype is None else dtype_name(self.compute_dtype, "compute_dtype")
@@ -56,6 +60,16 @@ class GGUFQuantizationConfig(QuantizationConfig):
         self._set("modules_to_not_convert", names_of(self.modules_to_not_convert, "modules_to_not_convert"))
         if self.quant_type is not None:
             self._set("quant_type", _encoded_type(self.quant_type))
+        if self.stored_types is not None:
+            if self.quant_type is not None:
+                raise ConfigError("the weights of a model with stored_types are packed, and quant_type would pack them")
+            self._set("stored_types", checked(self.stored_types, _types()))
+        self._set("stored_shapes", checked_shapes(self.stored_shapes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the base; what is only said of stored weights is left out where there are none."""
+        fields = super().to_dict()
+        return {key: value for key, value in fields.items() if value is not None or not key.startswith("stored_")}
 
     def with_loading_choices(self, given: Any) -> GGUFQuantizationConfig:
         """With the caller's `compute_dtype` and `modules_to_not_convert`: the file does not know of them."""
@@ -75,11 +89,12 @@ class GGUFQuantizationConfig(QuantizationConfig):
 class GGUFQuantizer(Quantizer):
     """Keeps blocks packed in memory.
 
-    The loader sets `entries`, what the checkpoint says of each parameter, before `preprocess_model`.
+    The loader sets `entries`, what the checkpoint says of each parameter, before `preprocess_model`, and
+    `origin` where that is a GGUF file: what of it the model does not have.
     """
 
     name = "gguf"
-    is_serializable = False
+    is_serializable = True
     is_trainable = True
     is_compileable = True
 
@@ -91,7 +106,13 @@ class GGUFQuantizer(Quantizer):
         # What is stored decides, unless the caller asks for another type.
         super().__init__(config, pre_quantized=config.quant_type is None)
         self.entries: Mapping[str, Entry] = {}
+        self.origin: Any = None
         self._decoded = Matcher(())
+
+    @property
+    def is_saved_by_host(self) -> bool:
+        """No host writes the types of the blocks."""
+        return False
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
         """By default `compute_dtype`."""
@@ -200,6 +221,29 @@ class GGUFQuantizer(Quantizer):
             return new
 
         replace_layers(model, choose)
+
+    def stored_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Blocks as plain bytes, and in the config the type of each."""
+        from .gguf_layers import GGUFParameter, plain
+
+        types: dict[str, str | None] = {}
+        shapes: dict[str, list[int]] = {}
+        found = {}
+        for name, tensor in tensors.items():
+            path = name.removesuffix(LEAF)
+            if isinstance(tensor, GGUFParameter):
+                shape, kind = tensor.quant_shape or (), str(tensor.quant_type)
+                weights, nbytes = block_sizes(kind)
+                types[path] = kind
+                if shape != (*tensor.shape[:-1], tensor.shape[-1] // nbytes * weights):
+                    shapes[path] = list(shape)
+                found[name] = plain(tensor)
+            else:
+                found[name] = tensor
+                if name.endswith(LEAF):
+                    types[path] = None
+        fields: dict[str, Any] = {"quant_type": None, "stored_types": compact(types)}
+        return found, {**fields, "stored_shapes": shapes} if shapes else fields
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         """Ordinary layers again, their weights decoded where they are, in `dtype` (by default the type that

@@ -6,12 +6,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import _rust
 from ..errors import ConfigError
+from ..folder import CONFIG
 from ..loading.host import host_of
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
@@ -72,8 +73,23 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_se
             state, metadata = quantizer.pickled_state(model), {}
     tensors = host.stored_tensors(model, quantizer, tied_again(model, state))
     texts = host.files(model, quantizer)
+    if quantizer is not None:
+        named, more = quantizer.stored_form({stored.name: stored.tensor for stored in tensors})
+        tensors = [replace(stored, tensor=named[stored.name]) for stored in tensors]
+        texts = _with_more(texts, more)
     stem = host.stem or "model"
     return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts, is_pickle=not safe_serialization)
+
+
+def _with_more(texts: Mapping[str, str], more: Mapping[str, Any]) -> Mapping[str, str]:
+    """The files with `more` in the `quantization_config` of `config.json`."""
+    if not more:
+        return texts
+    config = json.loads(texts[CONFIG])
+    known = config.get("quantization_config", {})
+    # In an order that does not depend on whether the model was read from such a folder.
+    config["quantization_config"] = {**{key: known[key] for key in known if key not in more}, **more}
+    return {**texts, CONFIG: json.dumps(config, indent=2) + "\n"}
 
 
 def write(

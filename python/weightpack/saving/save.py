@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from ..sizes import parse_size
+from .gguf_file import is_gguf, save_gguf
 from .parts import part_of, write
 
 
@@ -48,10 +50,20 @@ def save_pretrained(
     With `safe_serialization=False` weights go to torch's own files (`pytorch_model.bin`), which load with
     `torch.load(weights_only=True)`; those of torchao once it has been imported.
 
+    A `path` that ends in `.gguf` gets one GGUF file, of a model that is packed in GGUF blocks or not packed.
+    One that came from a GGUF file becomes that file again, with packed tensors, names, order and pairs as
+    they were, and what has changed since in the type that it has now. Others get the names, pairs and
+    tokenizer that `convert` would give them. A folder of GGUF blocks is loaded by weightpack alone.
+
     Raises `ConfigError` for a model whose backend cannot save it, for a size that is none and for a
     destination that is in the way, `OSError` where the place cannot be written or has no room: each
     before any file is touched.
     """
+    if is_gguf(path):
+        if variant is not None or not safe_serialization:
+            raise ConfigError("a GGUF file has no variant, and there is none of torch's own")
+        save_gguf(model, path, overwrite=overwrite, threads=threads, on_progress=on_progress)
+        return
     part = part_of(model, variant=variant, safe_serialization=safe_serialization)
     write(
         type(model).__name__,

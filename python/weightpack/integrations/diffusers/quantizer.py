@@ -276,7 +276,7 @@ class WeightpackQuantizer(_BASE):  # type: ignore[misc]
     @property
     def is_serializable(self) -> bool:
         """As the quantizer says."""
-        return self.quantizer.is_serializable
+        return self.quantizer.is_saved_by_host
 
     @property
     def is_trainable(self) -> bool:

@@ -216,7 +216,7 @@ class WeightpackQuantizer(_BASE.HfQuantizer):  # type: ignore[misc]
             raise NotImplementedError(str(error)) from error
 
     def is_serializable(self) -> bool:
-        return bool(self.quantizer.is_serializable)
+        return bool(self.quantizer.is_saved_by_host)
 
     @property
     def is_trainable(self) -> bool:
