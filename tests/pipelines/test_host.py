@@ -53,8 +53,8 @@ def configs():
 
 
 IN_FLOAT32 = {"quanto"}
-"""torch's product of bfloat16 and int8, which diffusers' layers come to, reads past the end of mapped files
-on some processors, also of those that diffusers itself has written."""
+"""torch's product of bfloat16 and int8, which quanto's layers come to, crashes with weights in a mapped file
+on some processors; so it does with files that diffusers itself has written."""
 BY_OTHER_KERNELS = {"4 bits": "bitsandbytes has kernels for some processors that sum in another order"}
 """Where outputs are close, and not equal."""
 
