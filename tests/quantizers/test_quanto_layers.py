@@ -111,6 +111,31 @@ def test_int8_in_bfloat16_does_not_read_past_its_operands():
     assert done.returncode == 0, done.stderr
 
 
+MISPLACED = """
+import torch
+from weightpack.quantizers.quanto_layers import assemble
+torch.manual_seed(0)
+scale = torch.rand(64, 1).to(torch.bfloat16)
+x = torch.randn(32, 64).to(torch.bfloat16)
+buffer = torch.empty(64 * 64 + 64, dtype=torch.int8)
+start = -buffer.data_ptr() % 64
+found = []
+for offset in (0, 1, 8):
+    data = buffer[start + offset :][: 64 * 64].view(64, 64)
+    data.copy_(torch.arange(64 * 64).view(64, 64) % 251 - 125)
+    weight = assemble({"_data": data, "_scale": scale}, "int8", (64, 64))
+    found.append(torch.nn.functional.linear(x, weight))
+assert found[0].isfinite().all()
+assert all(torch.equal(one, found[0]) for one in found)
+"""
+
+
+def test_int8_in_bfloat16_wherever_a_file_holds_it():
+    """Tensors of a mapped file begin at any byte, and torch's kernel crashes there."""
+    done = subprocess.run([sys.executable, "-c", MISPLACED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 NO_COMPILER = """
 import torch, torch.utils.cpp_extension as extension
 def refuse(*args, **options):

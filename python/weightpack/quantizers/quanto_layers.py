@@ -38,6 +38,8 @@ _Function: Any = torch.autograd.Function
 
 QTYPES = {"int8": "qint8", "float8": "qfloat8", "int4": "qint4", "int2": "qint2"}
 """quanto's name of each type of weights."""
+ALIGNMENT_BYTES = 16
+"""Where torch's product of bfloat16 and int8 expects weights: elsewhere, as in files that are mapped, it crashes."""
 _WEIGHTS = {_quanto.qtypes[name]: weights for weights, name in QTYPES.items()}
 _STORED = {"_data": "_data._data"}
 """Where a component has another name in files: that of weights below eight bits."""
@@ -61,6 +63,8 @@ def assemble(components: Mapping[str, Any], weights: str, shape: Sequence[int]) 
     data, scale = components["_data"], components["_scale"]
     if packing.BITS[weights] == 8:
         axis = None if scale.ndim == 0 else 0
+        if data.device.type == "cpu" and data.data_ptr() % ALIGNMENT_BYTES:
+            data = data.clone()
         if data.device.type == "cuda" and not _has_cuda_compiler():
             return _quanto.WeightQBytesTensor(qtype, axis, size, stride, data, scale, None)
         return _quanto.WeightQBytesTensor.create(qtype, axis, size, stride, data, scale)
