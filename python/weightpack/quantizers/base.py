@@ -248,7 +248,7 @@ class Quantizer(ABC):
         """The model's tensors as torch's own files hold them, which have no metadata."""
         return self.stored_state(model)[0]
 
-    def stored_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def written_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """The tensors of a checkpoint, by their names there, as they are written, and what its
         `quantization_config` says of them beside `config`."""
         return tensors, {}

@@ -222,7 +222,7 @@ class GGUFQuantizer(Quantizer):
 
         replace_layers(model, choose)
 
-    def stored_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def written_form(self, tensors: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """Blocks as plain bytes, and in the config the type of each."""
         from .gguf_layers import GGUFParameter, plain
 

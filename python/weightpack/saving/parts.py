@@ -74,7 +74,7 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_se
     tensors = host.stored_tensors(model, quantizer, tied_again(model, state))
     texts = host.files(model, quantizer)
     if quantizer is not None:
-        named, more = quantizer.stored_form({stored.name: stored.tensor for stored in tensors})
+        named, more = quantizer.written_form({stored.name: stored.tensor for stored in tensors})
         tensors = [replace(stored, tensor=named[stored.name]) for stored in tensors]
         texts = _with_more(texts, more)
     stem = host.stem or "model"
