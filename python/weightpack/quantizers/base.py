@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .._lazy import distribution, require
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError
 from ..matcher import Matcher
 from ..placement import DISK, Placement
 from .config import QuantizationConfig
@@ -243,6 +243,17 @@ class Quantizer(ABC):
         """`state`, a model's tensors by name, as `stored_state` gives it. Hosts that save by themselves ask for
         this: they have the tensors, and not always the model."""
         return state, {}
+
+    def beside(self, model: Any) -> Mapping[str, str]:
+        """Text files that stand beside the weights, by name."""
+        return {}
+
+    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
+        """The model in a form for other programs: its tensors, its `quantization_config`, and text files.
+
+        Raises `ConfigError` for a form that the backend has not.
+        """
+        raise ConfigError(f"form={form!r}: {self.name} models are saved in one form, which is what form=None gives")
 
     def pickled_state(self, model: Any) -> Mapping[str, Any]:
         """The model's tensors as torch's own files hold them, which have no metadata."""

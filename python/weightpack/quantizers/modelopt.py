@@ -22,11 +22,13 @@ What differs from ModelOpt 0.47, and from diffusers 0.42.1 with it:
 - NF4 weights of more than one block of scales cannot be decoded by ModelOpt 0.47; here they are.
 - Zero rows and weights give zeros where ModelOpt 0.47 stores NaN; what is not finite is refused.
 
-Checkpoints in the form that vLLM, TensorRT-LLM and SGLang read are those of `modelopt_export`.
+Checkpoints in the form that vLLM, TensorRT-LLM and SGLang read are those of `modelopt_export`; models
+packed here are saved so with `form="unified"`.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -303,6 +305,16 @@ class NVIDIAModelOptQuantizer(Quantizer):
             from . import modelopt_layers
 
             modelopt_layers.calibrate_inputs(model, list(self.quantized), self.config.forward_loop)
+
+    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
+        """`unified`: what ModelOpt exports for vLLM, TensorRT-LLM and SGLang, see `modelopt_unified`."""
+        if form != "unified":
+            raise ConfigError(f"form={form!r}: ModelOpt's models have the form 'unified' besides their own")
+        from . import modelopt_unified
+
+        tensors, file = modelopt_unified.exported(model, model.state_dict(), self._plans)
+        beside = {modelopt_unified.FILE: json.dumps(file, indent=4) + "\n"}
+        return tensors, modelopt_unified.section(file), beside
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         from . import modelopt_layers

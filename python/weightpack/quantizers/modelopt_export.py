@@ -21,6 +21,7 @@ The scales of a packed key-value cache are kept, and the cache itself is not pac
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -141,6 +142,20 @@ class ModelOptExportQuantizer(Quantizer):
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         layer = model.get_submodule(name.rpartition(".")[0])
         layer.install(value if isinstance(value, Mapping) else {"": value}, device=device, dtype=dtype, name=name)
+
+    def beside(self, model: Any) -> Mapping[str, str]:
+        """`hf_quant_config.json`, which TensorRT-LLM reads."""
+        from . import modelopt_unified
+
+        layers = {path: model.get_submodule(path) for path in self.quantized}
+        file = modelopt_unified.file_of(self.config, layers)
+        return {modelopt_unified.FILE: json.dumps(file, indent=4) + "\n"}
+
+    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
+        """`unified` is what it has anyway."""
+        if form != "unified":
+            return super().exported(model, form)
+        return self.stored_state(model)[0], self.config.to_dict(), self.beside(model)
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         from .modules import replace_layers

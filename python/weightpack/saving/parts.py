@@ -47,10 +47,18 @@ class Part:
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_serialization: bool = True) -> Part:
-    """What is written for `model`; unless `safe_serialization` it goes to torch's own files.
+def part_of(
+    model: Any,
+    *,
+    folder: str = "",
+    variant: str | None = None,
+    safe_serialization: bool = True,
+    form: str | None = None,
+) -> Part:
+    """What is written for `model`; unless `safe_serialization` it goes to torch's own files. `form` names one of
+    the forms that its backend has for other programs.
 
-    Raises `ConfigError` for a model that cannot be saved, or whose config is no JSON.
+    Raises `ConfigError` for a model that cannot be saved (in this form), or whose config is no JSON.
     """
     host = host_of(type(model))
     quantizer = quantizer_of(model)
@@ -64,19 +72,30 @@ def part_of(model: Any, *, folder: str = "", variant: str | None = None, safe_se
             f"{quantizer.name} models cannot be saved: {quantizer.unserializable_reason}",
             hint="dequantize() gives a model that can",
         )
+    if form is not None and (quantizer is None or not safe_serialization):
+        told = "the model is not packed" if quantizer is None else "it is one of safetensors files"
+        raise ConfigError(f"form={form!r}: {told}")
+    section: dict[str, Any] | None = None
+    beside: Mapping[str, str] = {} if quantizer is None else quantizer.beside(model)
     with brought_back(model):
-        if quantizer is None:
+        if quantizer is not None and form is not None:
+            state, section, beside = quantizer.exported(model, form)
+            metadata = {}
+        elif quantizer is None:
             state, metadata = model.state_dict(), dict[str, str]()
         elif safe_serialization:
             state, metadata = quantizer.stored_state(model)
         else:
             state, metadata = quantizer.pickled_state(model), {}
     tensors = host.stored_tensors(model, quantizer, tied_again(model, state))
-    texts = host.files(model, quantizer)
-    if quantizer is not None:
+    texts = {**host.files(model, quantizer), **beside}
+    if section is not None:
+        config = {**json.loads(texts[CONFIG]), "quantization_config": section}
+        texts[CONFIG] = json.dumps(config, indent=2) + "\n"
+    elif quantizer is not None:
         named, more = quantizer.written_form({stored.name: stored.tensor for stored in tensors})
         tensors = [replace(stored, tensor=named[stored.name]) for stored in tensors]
-        texts = _with_more(texts, more)
+        texts = dict(_with_more(texts, more))
     stem = host.stem or "model"
     return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts, is_pickle=not safe_serialization)
 

@@ -30,6 +30,7 @@ def save_pretrained(
     max_shard_size: str | int = "5GB",
     safe_serialization: bool = True,
     variant: str | None = None,
+    form: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     on_progress: Callable[[int, int, int, str], None] | None = None,
@@ -55,16 +56,20 @@ def save_pretrained(
     they were, and what has changed since in the type that it has now. Others get the names, pairs and
     tokenizer that `convert` would give them. A folder of GGUF blocks is loaded by weightpack alone.
 
+    `form="unified"` writes a model that was packed for ModelOpt as ModelOpt exports it for vLLM, TensorRT-LLM
+    and SGLang, with `hf_quant_config.json` (see `quantizers.modelopt_unified`). A model that was loaded from
+    such an export is saved so by default.
+
     Raises `ConfigError` for a model whose backend cannot save it, for a size that is none and for a
     destination that is in the way, `OSError` where the place cannot be written or has no room: each
     before any file is touched.
     """
     if is_gguf(path):
-        if variant is not None or not safe_serialization:
-            raise ConfigError("a GGUF file has no variant, and there is none of torch's own")
+        if variant is not None or form is not None or not safe_serialization:
+            raise ConfigError("a GGUF file has no variant and no other form, and there is none of torch's own")
         save_gguf(model, path, overwrite=overwrite, threads=threads, on_progress=on_progress)
         return
-    part = part_of(model, variant=variant, safe_serialization=safe_serialization)
+    part = part_of(model, variant=variant, safe_serialization=safe_serialization, form=form)
     write(
         type(model).__name__,
         Path(path),
