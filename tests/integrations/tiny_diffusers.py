@@ -27,6 +27,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "num_layers": 2, "sample_size": 8,
          "num_embeds_ada_norm": 10, "norm_num_groups": 8},
     ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+         "sample_size": 8, "cross_attention_dim": 64, "caption_channels": 32, "norm_num_groups": 8},
+    ),
+    "wide flux": (
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 64,
+            "num_attention_heads": 2, "joint_attention_dim": 128, "pooled_projection_dim": 64,
+            "axes_dims_rope": (8, 24, 32),
+        },
+    ),
     "wan": (
         "WanTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "text_dim": 64,
@@ -83,11 +96,17 @@ def run(name: str, model: Any) -> Any:
     device = "cpu" if model.device.type == "meta" else model.device
     time = time.to(device)
     with torch.no_grad(), torch.device(device):
-        if name == "flux":
+        if name in ("flux", "wide flux"):
             ids = torch.zeros(4, 3), torch.arange(18).reshape(6, 3).float()
             return model(
-                hidden_states=noise(1, 6, 16), encoder_hidden_states=noise(1, 4, 64), pooled_projections=noise(1, 64),
-                timestep=time, img_ids=ids[1], txt_ids=ids[0],
+                hidden_states=noise(1, 6, model.config.in_channels),
+                encoder_hidden_states=noise(1, 4, model.config.joint_attention_dim),
+                pooled_projections=noise(1, 64), timestep=time, img_ids=ids[1], txt_ids=ids[0],
+            ).sample  # fmt: skip
+        if name == "pixart":
+            return model(
+                noise(1, 4, 8, 8), encoder_hidden_states=noise(1, 3, 32), timestep=time,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             ).sample  # fmt: skip
         if name == "sd3":
             return model(

@@ -56,12 +56,18 @@ def replaced_files(destination: Path, folder: str, variant: str | None) -> list[
 
 
 def is_replaced(name: str, variant: str | None) -> bool:
-    """Whether a file of this name belongs to the weights of a model of `variant`."""
-    stems = "|".join(STEMS)
+    """Whether a file of this name belongs to the weights of a model of `variant`.
+
+    The variant may also stand where older releases of the hosts put it, and still look for it.
+    """
+    stems = f"(?:{'|'.join(STEMS)})"
+    kind = r"\.(?:safetensors|bin)"
+    shard = r"(?:-\d{5}-of-\d{5})?"
     infix = re.escape(f".{variant}") if variant else ""
-    weights = rf"(?:{stems}){infix}(?:-\d{{5}}-of-\d{{5}})?\.(?:safetensors|bin)"
-    index = rf"(?:{stems})\.(?:safetensors|bin)\.index{infix}\.json"
-    return name in BESIDE or re.fullmatch(f"{weights}|{index}", name) is not None
+    weights = (f"{stems}{infix}{shard}{kind}", f"{stems}{shard}{infix}{kind}")
+    index = (rf"{kind}\.index{infix}", rf"{kind}{infix}\.index", rf"{infix}{kind}\.index")
+    indexes = rf"{stems}(?:{'|'.join(index)})\.json"
+    return name in BESIDE or re.fullmatch("|".join((*weights, indexes)), name) is not None
 
 
 def weights_stem(stem: str, variant: str | None) -> str:
