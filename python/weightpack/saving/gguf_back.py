@@ -26,6 +26,8 @@ from ..stored import Stored
 from .gguf_draft import Draft
 
 _PURPOSE = "save models"
+_STEP = 1 << 20
+"""Values that are looked at at a time."""
 _FOLDER = "a path that does not end in .gguf gets a folder, which holds every parameter"
 
 
@@ -153,10 +155,16 @@ def _written_type(entry: Entry, made: MappedTensor, kind: str, tensors: Sequence
         dtype = of_stored(entry.dtype)
         if made.add is not None or holds(dtype, of_stored(kind)):
             return entry.dtype
-        if all(bool((tensor.to(dtype).to(tensor.dtype) == tensor).all()) for tensor in tensors):
+        if all(_fits(tensor, dtype) for tensor in tensors):
             return entry.dtype
     # Readers built on ggml take vectors in float32 alone.
     return kind if len(entry.shape) > 1 else "F32"
+
+
+def _fits(tensor: Any, dtype: Any) -> bool:
+    """Whether `dtype` has all values of a tensor, some of which are looked at at a time."""
+    parts = tensor.detach().reshape(-1).split(_STEP)
+    return all(bool((part.to(dtype).to(part.dtype) == part).all()) for part in parts)
 
 
 def _is_unchanged(entry: Entry, made: MappedTensor, tensors: Sequence[Any], kept: Any) -> bool:

@@ -19,6 +19,7 @@ from ..loading.host import host_of
 from ..quantizers.base import quantizer_of
 from .gguf_anew import draft_anew
 from .gguf_back import draft_back
+from .offloaded import brought_back, tied_again
 
 ENDING = ".gguf"
 
@@ -58,7 +59,8 @@ def save_gguf(
             f"{quantizer.name} weights are no GGUF blocks",
             hint="dequantize() gives a model that can be saved as GGUF, and convert() one that is packed",
         )
-    state = model.state_dict()
+    with brought_back(model):
+        state = tied_again(model, model.state_dict())
     tensors = host.stored_tensors(model, quantizer, state)
     origin = getattr(quantizer, "origin", None)
     if isinstance(origin, Origin):
