@@ -76,6 +76,14 @@ def test_diffusers_loads_what_is_saved(source, tmp_path, peer):
         pipeline = wp.load_pipeline(source, quantization_config=config, torch_dtype=dtype)
         wp.save_pipeline(pipeline, tmp_path / "saved" / name, **options)
         wanted[name] = tiny.image(pipeline)
+    tiny.make_flux(torch.bfloat16).save_pretrained(tmp_path / "flux")
+    config = wp.PipelineQuantizationConfig("torchao", {"quant_type": "int8"})
+    pipeline = wp.load_pipeline(tmp_path / "flux", quantization_config=config, torch_dtype="bfloat16")
+    assert [name for name, part in pipeline.components.items() if part is not None and wp.quantizer_of(part)] == [
+        "text_encoder", "text_encoder_2", "transformer",
+    ]  # fmt: skip
+    wp.save_pipeline(pipeline, tmp_path / "saved" / "flux")
+    wanted["flux"] = tiny.image(pipeline)
     command = [sys.executable, "-c", HOST, str(tmp_path / "saved"), str(tmp_path / "images.npz")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -270,10 +270,16 @@ def test_progress_names_the_component(source):
     told = []
     wp.load_pipeline(source[0], on_progress=lambda *one: told.append(one))
     last = {}
+    order = []
     for done, total, name in told:
         assert done <= total
-        last[name.partition("/")[0]] = done == total
+        component = name.partition("/")[0]
+        last[component] = done == total
+        if component not in order[-1:]:
+            order.append(component)
     assert last == dict.fromkeys(MODELS, True)
+    # One after the other: each is there once.
+    assert sorted(order) == sorted(MODELS)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -289,6 +295,20 @@ def test_a_pipeline_out_of_the_hubs_cache(source, tmp_path, peer, variant):
     assert np.array_equal(tiny.image(pipeline), source[1])
     with pytest.raises(CheckpointError, match='"owner/none" is no folder here'):
         wp.load_pipeline("owner/none", **options)
+
+
+@pytest.mark.parametrize(("to", "backend"), [("nf4", "bitsandbytes_4bit"), ("q8_0", "gguf")])
+def test_a_converted_pipeline(source, tmp_path, peer, to, backend):
+    config = None
+    if backend == "gguf":
+        # GGUF files say nothing of how they are to be run.
+        config = wp.PipelineQuantizationConfig("gguf", {"compute_dtype": "bfloat16"})
+    else:
+        peer("bitsandbytes")
+    wp.convert(source[0], tmp_path / "converted", to=to)
+    pipeline = wp.load_pipeline(tmp_path / "converted", torch_dtype="bfloat16", quantization_config=config)
+    assert wp.quantizer_of(pipeline.unet).name == wp.quantizer_of(pipeline.text_encoder).name == backend
+    assert distance(tiny.image(pipeline), source[1]) < 0.2
 
 
 def test_no_warning_is_ours(source):
