@@ -149,6 +149,22 @@ def parts(tensor: Any) -> list[Any]:
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
+def digests(model: Any) -> dict[str, str]:
+    """For each name in a model's state its class, types, shapes and bytes, in one digest."""
+    import hashlib
+
+    import torch
+
+    found = {}
+    for name, tensor in model.state_dict().items():
+        digest = hashlib.sha256(type(tensor).__name__.encode())
+        for part in parts(tensor):
+            digest.update(f"{part.dtype} {list(part.shape)}".encode())
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
 def lift_gpu_check(peer: Any, monkeypatch: Any) -> None:
     """diffusers refuses bitsandbytes where there is no GPU; only that is lifted."""
     peer("bitsandbytes")
