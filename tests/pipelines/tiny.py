@@ -57,9 +57,14 @@ def make_flux(dtype: Any) -> Any:
     vae = make_model("vae", diffusers, dtype=dtype, shift_factor=0.0, scaling_factor=1.0)
     transformer = make_model("flux", diffusers, dtype=dtype)
     return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=transformer, text_encoder=text_encoder().to(dtype), tokenizer=tokenizer(),
-        text_encoder_2=transformers.T5EncoderModel(config).eval().to(dtype), tokenizer_2=tokenizer(),
-    )  # fmt: skip
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=text_encoder().to(dtype),
+        tokenizer=tokenizer(),
+        text_encoder_2=transformers.T5EncoderModel(config).eval().to(dtype),
+        tokenizer_2=tokenizer(),
+    )
 
 
 def save(folder: Path, dtype: Any = None, **options: Any) -> Any:
