@@ -221,3 +221,10 @@ def test_readers_meanwhile_see_a_whole_pipeline(source, tmp_path):
 def sizes(folder):
     names = ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model")
     return tuple(os.stat(f"{folder}/{name}.safetensors").st_size for name in names)
+
+
+def test_a_pipeline_is_no_model(source, tmp_path):
+    with pytest.raises(ConfigError, match=r"StableDiffusionPipeline is a pipeline of models\n.*load_pipeline"):
+        wp.from_pretrained(diffusers.StableDiffusionPipeline, source)
+    with pytest.raises(ConfigError, match=r"StableDiffusionPipeline is a pipeline of models\n.*save_pipeline"):
+        wp.save_pretrained(wp.load_pipeline(source), tmp_path / "saved")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..folder import PIPELINE
 from ..quantizers.auto import AutoQuantizer, embedded_config
 from .host import host_of
 from .hub import download, is_name
@@ -85,6 +86,8 @@ def from_pretrained(
     missing library, `CheckpointError` for files that do not fit, `OSError` for files that are not there.
     Nothing is half-loaded: either the whole model comes back or an error.
     """
+    if getattr(model_class, "config_name", None) == PIPELINE:
+        raise ConfigError(f"{model_class.__name__} is a pipeline of models", hint="weightpack.load_pipeline loads it")
     host = host_of(model_class)
     place: Any = path
     if state_dict is None and is_name(path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import _rust
 from ..errors import ConfigError
-from ..folder import CONFIG
+from ..folder import CONFIG, PIPELINE
 from ..loading.host import host_of
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
@@ -60,6 +60,8 @@ def part_of(
 
     Raises `ConfigError` for a model that cannot be saved (in this form), or whose config is no JSON.
     """
+    if getattr(model, "config_name", None) == PIPELINE:
+        raise ConfigError(f"{type(model).__name__} is a pipeline of models", hint="weightpack.save_pipeline saves it")
     host = host_of(type(model))
     quantizer = quantizer_of(model)
     if quantizer is None and getattr(model, "hf_quantizer", None) is not None:
