@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -42,6 +43,8 @@ class Stored:
 
         Raises `FormatError` for a tensor that has no content.
         """
+        if isinstance(self.tensor, Computed):
+            return self.tensor.read
         tensor = self.tensor.detach()
         if tensor.device.type == "meta":
             raise FormatError(f'"{self.name}" is not in memory: bring the model back from the disk first')
@@ -80,17 +83,79 @@ class Reader:
         return rows.reshape(-1)[first - row * per_row : end - row * per_row]
 
 
+class Computation:
+    """Several tensors that are made at once: when a byte of the first is asked for, until as many bytes have
+    been read as they have together."""
+
+    def __init__(self, run: Callable[[], Mapping[str, Any]]) -> None:
+        self._run = run
+        self._lock = threading.Lock()
+        self._made: Mapping[str, Any] | None = None
+        self._left_bytes = 0
+
+    def result(self, name: str) -> Any:
+        """One of the tensors."""
+        with self._lock:
+            return self._made[name] if self._made is not None else self._run()[name]
+
+    def read(self, name: str, offset: int, count: int) -> Any:
+        """Bytes of one of the tensors."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._run()
+                self._left_bytes = sum(int(one.numel() * one.element_size()) for one in self._made.values())
+            tensor = self._made[name]
+            self._left_bytes -= count
+            if self._left_bytes <= 0:
+                self._made = None
+        return Reader(tensor.detach())(offset, count)
+
+
+class Computed:
+    """A tensor of a computation, which is not there yet. `like` is one without values of its type and shape,
+    `device` where it will be."""
+
+    def __init__(self, computation: Computation, name: str, like: Any, device: Any) -> None:
+        self._computation = computation
+        self._name = name
+        self._like = like
+        self.dtype = like.dtype
+        self.shape = like.shape
+        self.device = device
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(self._like.numel())
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return int(self._like.element_size())
+
+    def detach(self) -> Any:
+        """The tensor itself."""
+        return self._computation.result(self._name)
+
+    def read(self, offset: int, count: int) -> Any:
+        """`count` bytes from byte `offset` on, as a flat array."""
+        return self._computation.read(self._name, offset, count)
+
+
 def distinct(state: Mapping[str, Any]) -> dict[str, Any]:
     """`state` without further names of the same memory seen in the same way."""
     seen: set[tuple[Any, ...]] = set()
     kept = {}
     for name, tensor in state.items():
-        key = tuple((part.device, part.data_ptr(), part.shape, part.stride(), part.dtype) for part in _parts(tensor))
+        key = place_of(tensor)
         if tensor.device.type != "meta" and tensor.numel() and key in seen:
             continue
         seen.add(key)
         kept[name] = tensor
     return kept
+
+
+def place_of(tensor: Any) -> tuple[Any, ...]:
+    """What two tensors have in common if they are the same memory seen in the same way."""
+    return tuple((part.device, part.data_ptr(), part.shape, part.stride(), part.dtype) for part in _parts(tensor))
 
 
 def _parts(tensor: Any) -> list[Any]:

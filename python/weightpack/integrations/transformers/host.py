@@ -179,11 +179,11 @@ class TransformersHost:
         """See `saving.stored_tensors`."""
         from .saving import stored_tensors
 
-        return stored_tensors(model, state)
+        return stored_tensors(model, quantizer, state)
 
     def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
-        """See `saving.files`."""
-        from .saving import files
+        """See `saved_config.files`."""
+        from .saved_config import files
 
         return files(model, quantizer)
 

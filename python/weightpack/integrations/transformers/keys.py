@@ -23,8 +23,7 @@ def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
     passed over. Leaves on the model what transformers' own loader leaves, so that its `save_pretrained`
     writes the names of the checkpoint. Raises `UnsupportedError` for a conversion that fails.
     """
-    names = _Names(model)
-    state = names.state
+    names = _Names(model, model.state_dict())
     wide = set(float32_names(model, model.config.dtype))
 
     targets: dict[str, Target] = {}
@@ -32,12 +31,11 @@ def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
     unknown = []
     ignored = []
     for key, name, pattern in names.of(entries):
-        if name not in state:
+        if name not in names.state:
             unknown.append((key, name))
         elif pattern is not None:
             if name not in merges:
-                dtype = require("torch", _PURPOSE).float32 if name in wide else state[name].dtype
-                merges[name] = _Merge(model, name, names.converter(pattern), dtype)
+                merges[name] = _Merge(model, name, names.converter(pattern), _type_of(names, name, wide))
             merges[name].add(key, pattern)
         elif name in targets:
             # Two keys for one parameter: the first one is taken, there as here.
@@ -60,20 +58,64 @@ def plan_keys(model: Any, entries: Mapping[str, tuple[int, ...]]) -> KeyPlan:
 
 def names_in_model(model: Any, keys: Iterable[str]) -> list[tuple[str, str]]:
     """Each of `keys` and the parameter or buffer that it is, or is made into; keys without a place are left out."""
-    names = _Names(model)
+    names = _Names(model, model.state_dict())
     return [(key, name) for key, name, _ in names.of(keys) if name in names.state]
+
+
+def leads_to(
+    model: Any, state: Mapping[str, Any], entries: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """What each of the tensors of these shapes is made into, or is, alone or with others: shapes by name in the
+    model; nothing for a key without a place. `state` are the parameters and buffers of the model by name.
+
+    A conversion that fails gives nothing either.
+    """
+    names = _Names(model, state)
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    merges: dict[str, _Merge] = {}
+    for key, name, pattern in names.of(entries):
+        if pattern is None:
+            found[key] = {name: tuple(entries[key])} if name in state else {}
+            continue
+        if name not in merges:
+            merges[name] = _Merge(model, name, names.converter(pattern), require("torch", _PURPOSE).float32)
+        merges[name].add(key, pattern)
+    for merge in merges.values():
+        try:
+            made = {name: tuple(one.shape) for name, one in merge.made(entries).items()}
+        except UnsupportedError:
+            made = {}
+        found.update({key: made for key, _ in merge.sources})
+    return found
+
+
+def renamings_of(model: Any) -> Callable[[str], str]:
+    """transformers' renamings of single keys, whatever they name."""
+    loading = require("transformers.core_model_loading", _PURPOSE)
+    mapping = require("transformers.conversion_mapping", _PURPOSE).get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, loading.WeightRenaming)]
+
+    def renamed(key: str) -> str:
+        new: str = loading.apply_renamings(key, renamings)
+        return new
+
+    return renamed
+
+
+def _type_of(names: _Names, name: str, wide: set[str]) -> Any:
+    return require("torch", _PURPOSE).float32 if name in wide else names.state[name].dtype
 
 
 class _Names:
     """transformers' renamings for one model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, state: Mapping[str, Any]) -> None:
         self._loading = require("transformers.core_model_loading", _PURPOSE)
         self._mapping = require("transformers.conversion_mapping", _PURPOSE).get_model_conversion_mapping(model)
         self._renamings = [one for one in self._mapping if isinstance(one, self._loading.WeightRenaming)]
         self._converters = [one for one in self._mapping if isinstance(one, self._loading.WeightConverter)]
         self._prefix = model.base_model_prefix
-        self.state: Mapping[str, Any] = model.state_dict()
+        self.state = state
 
     def of(self, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
         """Each key, its name in the model, and the pattern of the conversion that takes it, if one does."""
@@ -109,11 +151,14 @@ class _Merge:
         self.sources.append((key, pattern))
 
     def targets(self, entries: Mapping[str, tuple[int, ...]]) -> list[Target]:
-        """What comes out: found by carrying the conversion out on tensors without values."""
-        torch = require("torch", _PURPOSE)
+        """What comes out."""
         keys = tuple(key for key, _ in self.sources)
-        made = self.run([torch.empty(entries[key], dtype=self.dtype, device="meta") for key in keys])
-        return [Target(name, keys, merge=self._pick(name)) for name in made]
+        return [Target(name, keys, merge=self._pick(name)) for name in self.made(entries)]
+
+    def made(self, entries: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Tensors without values, by name: the conversion is carried out on such."""
+        torch = require("torch", _PURPOSE)
+        return self.run([torch.empty(entries[key], dtype=self.dtype, device="meta") for key, _ in self.sources])
 
     def _pick(self, name: str) -> Callable[[list[Any]], Any]:
         def merge(tensors: list[Any]) -> Any:

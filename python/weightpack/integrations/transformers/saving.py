@@ -1,44 +1,79 @@
-"""What of a transformers model is stored, under which names, and the configs beside it."""
+"""What of a transformers model is stored, and under which names."""
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..._lazy import require
 from ...errors import ConfigError
-from ...stored import Stored, distinct
+from ...stored import Stored, place_of
+from .original_names import under_original_names
 
-_PURPOSE = "save its models"
+_UNREAD = {
+    "quanto": "gives new first values to layers whose weights quanto packed",
+    "modelopt": "takes the codes of modelopt for weights, or refuses their shapes",
+}
+"""What transformers makes of files that it has no quantizer for, by method."""
 
 
-def stored_tensors(model: Any, state: Mapping[str, Any]) -> list[Stored]:
-    """`state` without tied parameters and what the class does not save."""
+def stored_tensors(model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
+    """`state` without what the class does not save, of tied parameters one, under the names of its checkpoints.
+
+    Raises `ConfigError` for a model with adapters. Warns where only weightpack reads what is saved.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"{type(model).__name__} has adapters on it, which are not saved here",
+            hint="save_pretrained of the model itself saves the adapters alone; delete_adapter() removes them",
+        )
+    method = "" if quantizer is None else str(quantizer.config.quant_method)
+    if method in _UNREAD:
+        warnings.warn(
+            f"transformers by itself {_UNREAD[method]}: what is saved loads with weightpack.from_pretrained, or "
+            "after weightpack.integrations.transformers.register()",
+            stacklevel=5,
+        )
     ignored = set(model._keys_to_ignore_on_save or ())
+    kept = {name: tensor for name, tensor in state.items() if name not in ignored and hasattr(tensor, "dtype")}
+    packed = _packed(model, quantizer)
+    for name in _repeated(model, kept, packed):
+        del kept[name]
+    return [Stored(name, tensor) for name, tensor in under_original_names(model, kept, packed).items()]
+
+
+def _packed(model: Any, quantizer: Any) -> set[str]:
+    """The modules whose weights are packed."""
+    if quantizer is None:
+        return set()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = {name.rpartition(".")[0] for name in names if quantizer.check_if_quantized_param(model, name)}
+    return found | set(quantizer.quantized)
+
+
+def _repeated(model: Any, state: Mapping[str, Any], packed: set[str]) -> list[str]:
+    """Tied parameters whose other name is there as well and still is the same, with what belongs to them.
+
+    What shares memory without being declared tied is stored under each of its names: nothing would bring
+    the others back.
+    """
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    kept = {}
-    for name, tensor in state.items():
-        source = state.get(tied.get(name, ""))
-        is_tied = source is not None and source.data_ptr() == tensor.data_ptr() and source.shape == tensor.shape
-        if name not in ignored and not is_tied:
-            kept[name] = tensor
-    return [Stored(name, tensor) for name, tensor in distinct(kept).items()]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    found = []
+    for name, source in tied.items():
+        if own.get(name) is None or own.get(source) is None:
+            continue
+        if name in state and source in state:
+            if own[name] is own[source] or _same_memory(state[name], state[source]):
+                found.append(name)
+            continue
+        module, other = name.rpartition(".")[0], source.rpartition(".")[0]
+        if own[name] is own[source] and module in packed and other in packed:
+            parts = [key for key in state if key.startswith(f"{module}.") and key not in own]
+            if all(other + key[len(module) :] in state for key in parts):
+                found += parts
+    return found
 
 
-def files(model: Any, quantizer: Any) -> dict[str, str]:
-    """`config.json`, and for models that generate `generation_config.json`."""
-    config = copy.deepcopy(model.config)
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
-    if quantizer is not None:
-        config.quantization_config = quantizer.config.to_dict()
-    try:
-        texts = {"config.json": config.to_json_string(use_diff=True)}
-        if model.can_generate():
-            generation = model.generation_config
-            require("transformers", _PURPOSE)
-            texts["generation_config.json"] = generation.to_json_string(use_diff=True)
-    except TypeError as error:
-        raise ConfigError(f"the config of {type(model).__name__} is no JSON: {error}") from error
-    return texts
+def _same_memory(one: Any, other: Any) -> bool:
+    return "meta" not in (one.device.type, other.device.type) and place_of(one) == place_of(other)
