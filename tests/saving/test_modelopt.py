@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -25,7 +27,7 @@ with warnings.catch_warnings():
 from safetensors.torch import load_file  # noqa: E402
 
 import weightpack as wp  # noqa: E402
-from tests.quantizers.modelopt_models import Net, make, raw, save  # noqa: E402
+from tests.quantizers.modelopt_models import Net, inputs, make, raw, save  # noqa: E402
 from weightpack.errors import ConfigError  # noqa: E402
 from weightpack.quantizers.base import quantizer_of  # noqa: E402
 from weightpack.quantizers.modelopt_linear import PackedLinear  # noqa: E402
@@ -271,3 +273,71 @@ def test_an_offloaded_model_is_exported_alike(folder, tmp_path):
     wp.save_pretrained(model, tmp_path / "saved", form="unified")
     for name in ("model.safetensors", "config.json", "hf_quant_config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+RESTORE = """
+import contextlib, io, sys, warnings
+warnings.simplefilter("ignore")
+import torch, transformers
+import modelopt.torch.opt as mto
+
+folder, dtype = sys.argv[1:]
+torch.load(f"{folder}/modelopt_state.pth", weights_only=True)
+with contextlib.redirect_stdout(io.StringIO()):
+    mto.enable_huggingface_checkpointing()
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "RealQuantQuantLinear"
+with torch.no_grad():
+    torch.save(model(torch.arange(24).reshape(2, 12)).logits, f"{folder}/out.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["FP8", "INT8 rows", "INT4", "NVFP4 weights"])
+def test_modelopt_restores_it_in_transformers(tmp_path, kind):
+    original(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    model = wp.from_pretrained(
+        transformers.LlamaForCausalLM, tmp_path / "llama", quantization_config=FORMS[kind][1](), torch_dtype="bfloat16"
+    )
+    wp.save_pretrained(model, tmp_path / "saved", form="modelopt")
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(tmp_path / "saved"), "bfloat16"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "saved" / "out.pt", weights_only=True)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    assert (found - expected).norm() <= 0.005 * expected.norm()
+    # And weightpack reads the folder as any other of its own.
+    again = wp.from_pretrained(transformers.LlamaForCausalLM, tmp_path / "saved", torch_dtype="bfloat16")
+    for name, value in model.state_dict().items():
+        assert torch.equal(raw(again.state_dict()[name]), raw(value)), name
+
+
+@pytest.mark.parametrize("kind", ["FP8", "INT8", "INT4", "NVFP4"])
+def test_modelopt_restores_ones_own_module(tmp_path, kind):
+    mto = find_peer("modelopt.torch.opt")
+    config = wp.NVIDIAModelOptConfig(kind, disable_conv_quantization=True, modules_to_not_convert=["odd"])
+    model = wp.from_pretrained(Net, save(tmp_path / "net", make()), quantization_config=config)
+    wp.save_pretrained(model, tmp_path / "saved", form="modelopt")
+    state = torch.load(tmp_path / "saved" / "modelopt_state.pth", weights_only=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        restored = mto.restore_from_modelopt_state(Net(), state)
+    restored.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+    x = inputs()
+    with torch.no_grad():
+        for found, expected in zip(restored(x), model(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_modelopt_does_not_restore_is_refused(tmp_path):
+    for number, (config, told) in enumerate(
+        (
+            (wp.NVIDIAModelOptConfig("FP8"), '"conv" is a convolution'),
+            (wp.NVIDIAModelOptConfig("NF4", disable_conv_quantization=True), "several blocks of scales"),
+        )
+    ):
+        model = wp.from_pretrained(Net, save(tmp_path / f"{number}", make()), quantization_config=config)
+        with pytest.raises(ConfigError) as raised:
+            wp.save_pretrained(model, tmp_path / "saved", form="modelopt")
+        assert told in str(raised.value)
+    assert not (tmp_path / "saved").exists()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,6 +58,17 @@ class Packing:
     params: Mapping[str, Any] = field(default_factory=dict)
     through: str | None = None
     transpose: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model in a form for other programs: its tensors, its `quantization_config`, text files by name, and
+    objects that `torch.save` writes, by file name."""
+
+    tensors: Mapping[str, Any]
+    section: dict[str, Any]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Quantizer(ABC):
@@ -248,8 +259,9 @@ class Quantizer(ABC):
         """Text files that stand beside the weights, by name."""
         return {}
 
-    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
-        """The model in a form for other programs: its tensors, its `quantization_config`, and text files.
+    def exported(self, model: Any, form: str, skeleton: Callable[[], Any]) -> Exported:
+        """The model in a form for other programs. `skeleton` gives a model of its kind with ordinary layers,
+        on the meta device.
 
         Raises `ConfigError` for a form that the backend has not.
         """

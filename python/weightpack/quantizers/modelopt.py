@@ -36,7 +36,7 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import BackendError, ConfigError
-from .base import Quantizer, Requirement
+from .base import Exported, Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of, one_of
 from .dtypes import torch_dtype
 from .modelopt_entries import default_entries, normalised, own_entries, refuse_bare_codes
@@ -306,15 +306,19 @@ class NVIDIAModelOptQuantizer(Quantizer):
 
             modelopt_layers.calibrate_inputs(model, list(self.quantized), self.config.forward_loop)
 
-    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
-        """`unified`: what ModelOpt exports for vLLM, TensorRT-LLM and SGLang, see `modelopt_unified`."""
-        if form != "unified":
-            raise ConfigError(f"form={form!r}: ModelOpt's models have the form 'unified' besides their own")
-        from . import modelopt_unified
+    def exported(self, model: Any, form: str, skeleton: Callable[[], Any]) -> Exported:
+        """`unified`: what ModelOpt exports for vLLM, TensorRT-LLM and SGLang, see `modelopt_unified`;
+        `modelopt`: as without a form, with the `modelopt_state.pth` by which ModelOpt restores it."""
+        from . import modelopt_state, modelopt_unified
 
-        tensors, file = modelopt_unified.exported(model, model.state_dict(), self._plans)
-        beside = {modelopt_unified.FILE: json.dumps(file, indent=4) + "\n"}
-        return tensors, modelopt_unified.section(file), beside
+        if form == "unified":
+            tensors, file = modelopt_unified.exported(model, model.state_dict(), self._plans)
+            beside = {modelopt_unified.FILE: json.dumps(file, indent=4) + "\n"}
+            return Exported(tensors, modelopt_unified.section(file), beside)
+        if form == "modelopt":
+            state = modelopt_state.made_for(skeleton(), model, self._plans)
+            return Exported(self.stored_state(model)[0], self.config.to_dict(), objects={modelopt_state.FILE: state})
+        raise ConfigError(f"form={form!r}: ModelOpt's models have the forms 'unified' and 'modelopt' besides their own")
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         from . import modelopt_layers

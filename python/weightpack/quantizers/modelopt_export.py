@@ -22,12 +22,12 @@ The scales of a packed key-value cache are kept, and the cache itself is not pac
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
-from .base import Quantizer
+from .base import Exported, Quantizer
 from .config import QuantizationConfig, names_of
 from .dtypes import torch_dtype
 from .modelopt_entries import refuse_bare_codes
@@ -151,11 +151,11 @@ class ModelOptExportQuantizer(Quantizer):
         file = modelopt_unified.file_of(self.config, layers)
         return {modelopt_unified.FILE: json.dumps(file, indent=4) + "\n"}
 
-    def exported(self, model: Any, form: str) -> tuple[Mapping[str, Any], dict[str, Any], Mapping[str, str]]:
+    def exported(self, model: Any, form: str, skeleton: Callable[[], Any]) -> Exported:
         """`unified` is what it has anyway."""
         if form != "unified":
-            return super().exported(model, form)
-        return self.stored_state(model)[0], self.config.to_dict(), self.beside(model)
+            return super().exported(model, form, skeleton)
+        return Exported(self.stored_state(model)[0], self.config.to_dict(), self.beside(model))
 
     def dequantize(self, model: Any, *, dtype: Any = None) -> Any:
         from .modules import replace_layers

@@ -14,6 +14,7 @@ from .. import _rust
 from ..errors import ConfigError
 from ..folder import CONFIG, PIPELINE
 from ..loading.host import host_of
+from ..loading.skeleton import build
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
 from .destination import carried_files, index_name, replaced_files, weights_stem
@@ -30,7 +31,7 @@ class Part:
     `folder` is relative to the destination ("" is the destination itself), `stem` the file name of its
     weights without variant. `metadata` stands in the header of each weights file, `texts` are further
     files by name, `files` such that are taken from another place. With `is_pickle` weights go to torch's
-    own files, under the names that these have (`pytorch_model`).
+    own files, under the names that these have (`pytorch_model`). `objects` are written by `torch.save`.
     """
 
     tensors: Sequence[Stored]
@@ -40,6 +41,7 @@ class Part:
     metadata: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
     is_pickle: bool = False
 
     def path(self, name: str) -> str:
@@ -78,11 +80,14 @@ def part_of(
         told = "the model is not packed" if quantizer is None else "it is one of safetensors files"
         raise ConfigError(f"form={form!r}: {told}")
     section: dict[str, Any] | None = None
+    objects: Mapping[str, Any] = {}
     beside: Mapping[str, str] = {} if quantizer is None else quantizer.beside(model)
     with brought_back(model):
         if quantizer is not None and form is not None:
-            state, section, beside = quantizer.exported(model, form)
-            metadata = {}
+            texts = host.files(model, quantizer)
+            made = quantizer.exported(model, form, lambda: _skeleton(host, model, quantizer, texts[CONFIG]))
+            state, section, metadata, objects = made.tensors, made.section, dict[str, str](), made.objects
+            beside = {**beside, **made.texts}
         elif quantizer is None:
             state, metadata = model.state_dict(), dict[str, str]()
         elif safe_serialization:
@@ -99,7 +104,23 @@ def part_of(
         tensors = [replace(stored, tensor=named[stored.name]) for stored in tensors]
         texts = dict(_with_more(texts, more))
     stem = host.stem or "model"
-    return Part(tensors, stem, folder, variant, {**metadata, "format": "pt"}, texts, is_pickle=not safe_serialization)
+    return Part(
+        tensors,
+        stem,
+        folder,
+        variant,
+        {**metadata, "format": "pt"},
+        texts,
+        objects=objects,
+        is_pickle=not safe_serialization,
+    )
+
+
+def _skeleton(host: Any, model: Any, quantizer: Any, config: str) -> Any:
+    """A model such as this one was before it was packed, on the meta device."""
+    plain = {key: value for key, value in json.loads(config).items() if key != "quantization_config"}
+    model_class, found = host.load_config(type(model), plain, None)
+    return build(lambda: host.build(model_class, found, quantizer.torch_dtype))
 
 
 def _with_more(texts: Mapping[str, str], more: Mapping[str, Any]) -> Mapping[str, str]:
@@ -137,11 +158,11 @@ def write(
     for part in parts:
         new_texts.update({part.path(one): text for one, text in part.texts.items()})
         new_files.update({part.path(one): file for one, file in part.files.items()})
-    replaced = {*new_texts, *new_files}
+    replaced = {*new_texts, *new_files, *(part.path(one) for part in parts for one in part.objects)}
     for part in parts:
         replaced.update(replaced_files(destination, part.folder, part.variant))
     carried = carried_files(destination, replaced, overwrite=overwrite)
-    own = [part for part in parts if part.is_pickle]
+    own = [part for part in parts if part.is_pickle or part.objects]
     with pickled(destination, own, max_shard_bytes, on_progress) as (weights, indexes):
         request, checkpoint = _request(
             name,
@@ -155,7 +176,9 @@ def write(
         )
         plan = _rust.Plan.build(json.dumps(request), [checkpoint])
         # What is in the way has been settled above, file by file.
-        plan.run(overwrite=True, resume=False, on_progress=None if own else on_progress)
+        plan.run(
+            overwrite=True, resume=False, on_progress=None if any(part.is_pickle for part in parts) else on_progress
+        )
 
 
 def _request(

@@ -34,8 +34,8 @@ Progress = Callable[[int, int, int, str], None]
 def pickled(
     destination: Path, parts: Sequence[Part], max_shard_bytes: int, on_progress: Progress | None = None
 ) -> Iterator[tuple[dict[str, Path], dict[str, str]]]:
-    """Writes the weights of `parts`, and gives their files and the texts of their indexes, by path relative
-    to the destination. The files are gone when the context ends.
+    """Writes the objects of `parts`, and the weights of those that want them here. Gives their files and the
+    texts of their indexes, by path relative to the destination. The files are gone when the context ends.
 
     One shard at a time is in memory, of tensors that are there already nothing. Raises `OSError` where
     there is no room, and `FormatError` for a tensor that has no content: before anything is written.
@@ -43,11 +43,12 @@ def pickled(
     if not parts:
         yield {}, {}
         return
-    for part in parts:
+    own = [part for part in parts if part.is_pickle]
+    for part in own:
         for stored in part.tensors:
             if stored.tensor.device.type == "meta":
                 raise FormatError(f'"{stored.name}" is not in memory: bring the model back from the disk first')
-    total = sum(stored.bytes for part in parts for stored in part.tensors)
+    total = sum(stored.bytes for part in own for stored in part.tensors)
     parent = destination.parent
     os.makedirs(parent, exist_ok=True)
     free = shutil.disk_usage(parent).free
@@ -59,6 +60,11 @@ def pickled(
         texts: dict[str, str] = {}
         done = 0
         for number, part in enumerate(parts):
+            for name, value in part.objects.items():
+                files[part.path(name)] = made / f"{number}-{name}"
+                require("torch", "write torch's own files").save(value, made / f"{number}-{name}")
+            if not part.is_pickle:
+                continue
             names, index = shards(part, max_shard_bytes)
             for name, tensors in names.items():
                 file = files[part.path(name)] = made / f"{number}-{name}"

@@ -58,7 +58,8 @@ def save_pretrained(
 
     `form="unified"` writes a model that was packed for ModelOpt as ModelOpt exports it for vLLM, TensorRT-LLM
     and SGLang, with `hf_quant_config.json` (see `quantizers.modelopt_unified`). A model that was loaded from
-    such an export is saved so by default.
+    such an export is saved so by default. `form="modelopt"` adds the `modelopt_state.pth` by which ModelOpt
+    restores a packed model itself.
 
     Raises `ConfigError` for a model whose backend cannot save it, for a size that is none and for a
     destination that is in the way, `OSError` where the place cannot be written or has no room: each
