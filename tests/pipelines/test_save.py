@@ -184,6 +184,31 @@ def test_a_pipeline_that_diffusers_loaded_is_saved_without_its_place(source, tmp
     assert (tmp_path / "saved" / "model_index.json").read_bytes() == (source / "model_index.json").read_bytes()
 
 
+def test_a_part_set_later_is_not_lost(source, tmp_path):
+    """diffusers' own index keeps saying that there is none."""
+    import transformers
+
+    pipeline = wp.load_pipeline(source)
+    pipeline.feature_extractor = transformers.CLIPImageProcessor(size={"shortest_edge": 32})
+    pipeline.image_encoder = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+            patch_size=16, projection_dim=16,
+        )
+    )  # fmt: skip
+    wp.save_pipeline(pipeline, tmp_path / "saved")
+    for again in (
+        wp.load_pipeline(tmp_path / "saved"),
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved"),
+    ):
+        assert type(again.feature_extractor) is type(pipeline.feature_extractor)
+        assert again.feature_extractor.size == pipeline.feature_extractor.size
+        assert storage(again.image_encoder) == storage(pipeline.image_encoder)
+    pipeline.image_encoder = None
+    wp.save_pipeline(pipeline, tmp_path / "saved", overwrite=True)
+    assert wp.load_pipeline(tmp_path / "saved").image_encoder is None
+
+
 def test_readers_meanwhile_see_a_whole_pipeline(source, tmp_path):
     """While pipelines of two kinds replace each other, every file is of one of them, never of both."""
     place = tmp_path / "pipeline"

@@ -85,9 +85,16 @@ class DiffusersPipelines:
         return found
 
     def index_text(self, pipeline: Any) -> str:
-        """diffusers' own text without `_name_or_path`, which is a folder of this machine."""
+        """diffusers' own text without `_name_or_path`, which is a folder of this machine.
+
+        A part that was set where the pipeline had none is in it too; diffusers leaves it out, and loses it.
+        """
         fields = json.loads(pipeline.to_json_string())
         fields.pop("_name_or_path", None)
+        described = require("diffusers.pipelines.pipeline_loading_utils", _PURPOSE)._fetch_class_library_tuple
+        for name, part in self.parts(pipeline).items():
+            if fields.get(name) in (None, [None, None]):
+                fields[name] = list(described(part))
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
