@@ -164,14 +164,15 @@ class _Product(_Function):  # type: ignore[misc]
             flat = product(columns, weight._data._data, weight._group_size, weight._scale_shift)
             output = flat.reshape(*input.shape[:-1], weight.shape[0])
         else:
-            output = torch.matmul(input, _dequantized(weight).t())
+            # Layers that a host keeps in float32 get such inputs, whatever the weight was packed from.
+            output = torch.matmul(input, _dequantized(weight).to(input.dtype).t())
         return output if bias is None else output + bias
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
         of_input = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_input = torch.matmul(gradient, _dequantized(ctx.weight))
+            of_input = torch.matmul(gradient, _dequantized(ctx.weight).to(gradient.dtype))
         if ctx.needs_input_grad[2]:
             of_bias = gradient.sum(tuple(range(gradient.ndim - 1)))
         return of_input, None, of_bias
