@@ -49,6 +49,23 @@ def test_what_is_saved_comes_back_and_is_saved_again_alike(source, tmp_path, bac
     assert files_of(tmp_path / "twice") == files_of(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("backend", ["plain", "nf4", "int8", "quanto int4", "quanto float8", "torchao int8"])
+def test_layers_kept_in_float32_stay_there(source, tmp_path, backend):
+    """Wan keeps some of its layers in float32; quanto in diffusers packs them all the same."""
+    needs, make = BACKENDS[backend]
+    if needs is not None:
+        find_peer(needs)
+    cls, folder = source("wan")
+    model = wp.from_pretrained(cls, folder, quantization_config=make(), torch_dtype=torch.bfloat16)
+    assert model.condition_embedder.time_embedder.linear_1.bias.dtype == torch.float32
+    assert model.condition_embedder.text_embedder.linear_1.bias.dtype == torch.bfloat16
+    wanted = tiny.run("wan", model)
+    wp.save_pretrained(model, tmp_path / "saved", max_shard_size="100KB")
+    again = wp.from_pretrained(cls, tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert storage(again) == storage(model)
+    assert torch.equal(tiny.run("wan", again), wanted)
+
+
 @pytest.mark.parametrize("backend", ["plain", "nf4", "quanto int8", "torchao float8", "modelopt NVFP4"])
 def test_configs_tell_all_and_no_more(source, tmp_path, backend):
     diffusers = find_peer("diffusers")

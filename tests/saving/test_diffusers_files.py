@@ -12,9 +12,10 @@ from tests.conftest import find_peer
 torch = find_peer("torch")
 
 import weightpack as wp  # noqa: E402
+from tests.integrations import tiny_diffusers as tiny  # noqa: E402
 from tests.quantizers.test_contract import storage  # noqa: E402
 
-from .diffusers_models import files_of, load, sources  # noqa: E402
+from .diffusers_models import BACKENDS, dtype_of, files_of, load, sources  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -149,3 +150,54 @@ def test_diffusers_own_saving_writes_the_same(source, tmp_path, backend):
                 found, wanted = a.get_tensor(key), b.get_tensor(key)
                 assert found.dtype == wanted.dtype, key
                 assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("backend", ["plain", "int8", "quanto int4", "torchao float8"])
+@pytest.mark.parametrize(("size", "variant"), [("5GB", None), ("40KB", "fp16")])
+def test_torchs_own_files_are_those_that_diffusers_reads(peer, monkeypatch, source, tmp_path, backend, size, variant):
+    model = load(source, backend, "dit")
+    wp.save_pretrained(model, tmp_path, safe_serialization=False, max_shard_size=size, variant=variant)
+    names = {path.name for path in tmp_path.iterdir()} - {"config.json"}
+    if size == "5GB":
+        assert names == {"diffusion_pytorch_model.bin"}
+    else:
+        assert "diffusion_pytorch_model.bin.index.fp16.json" in names
+        assert f"diffusion_pytorch_model.fp16-00001-of-{len(names) - 1:05d}.bin" in names
+    if backend == "int8":
+        tiny.lift_gpu_check(peer, monkeypatch)
+    dtype = dtype_of(backend)
+    theirs = type(model).from_pretrained(tmp_path, torch_dtype=dtype, variant=variant, use_safetensors=False)
+    tiny.assert_same_state(model, theirs)
+    again = wp.from_pretrained(type(model), tmp_path, torch_dtype=dtype, variant=variant)
+    assert storage(again) == storage(model)
+
+
+@pytest.mark.parametrize("backend", ["nf4", "torchao int8"])
+def test_models_that_diffusers_packs_through_weightpack(source, tmp_path, backend):
+    """With diffusers' own config, which has private keys and changes the lists it is given."""
+    diffusers = find_peer("diffusers")
+    find_peer(BACKENDS[backend][0])
+    cls, folder = source("dit")
+    if backend == "nf4":
+        made = [
+            kind(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["proj_out_1"])
+            for kind in (diffusers.BitsAndBytesConfig, wp.BitsAndBytesConfig)
+        ]
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        made = [diffusers.TorchAoConfig(Int8WeightOnlyConfig(version=2)), wp.TorchAoConfig("int8")]
+    wp.integrations.diffusers.register()
+    try:
+        theirs = cls.from_pretrained(folder, quantization_config=made[0], torch_dtype=torch.bfloat16)
+    finally:
+        wp.integrations.diffusers.unregister()
+    ours = wp.from_pretrained(cls, folder, quantization_config=made[1], torch_dtype=torch.bfloat16)
+    wp.save_pretrained(theirs, tmp_path / "theirs")
+    wp.save_pretrained(ours, tmp_path / "ours")
+    found, wanted = files_of(tmp_path / "theirs"), files_of(tmp_path / "ours")
+    sections = [json.loads(one.pop("config.json")).pop("quantization_config") for one in (found, wanted)]
+    assert found == wanted
+    assert not [key for key in sections[0] if key.startswith("_")]
+    for key in ("quant_method", "llm_int8_skip_modules", "modules_to_not_convert"):
+        assert sections[0].get(key) == sections[1].get(key)
