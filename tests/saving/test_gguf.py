@@ -609,3 +609,30 @@ def test_llama_cpp_computes_the_same(llama, tmp_path, packed_here, peer):
     else:
         # The embedding and the output layer are not packed here.
         assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+
+
+def test_a_text_encoder_with_layers_in_float32(peer, tmp_path):
+    from tests.integrations.test_transformers_gguf_names import SIZES, stored
+
+    transformers = peer("transformers")
+    source = transformers.T5EncoderModel(transformers.T5Config(**SIZES)).eval()
+    source.save_pretrained(tmp_path / "model")
+    tensors = {name: value.numpy() for name, value in stored(peer, source, "T5ENCODER").items()}
+    types = {name: "Q8_0" for name, array in tensors.items() if array.ndim == 2 and array.shape[-1] % 32 == 0}
+    path = tmp_path / "t5.gguf"
+    wp.gguf.write(path, tensors, {"general.architecture": "t5encoder"}, types=types)
+    model = wp.from_pretrained(
+        type(source), path, config=tmp_path / "model", quantization_config=GGUF, torch_dtype="bfloat16"
+    )
+    wp.save_pretrained(model, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def test_layers_on_the_disk(llama, tmp_path):
+    transformers, folder, path = llama
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load_llama(transformers, path, config=folder, device_map=places, offload_folder=tmp_path / "disk")
+    wp.save_pretrained(model, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()

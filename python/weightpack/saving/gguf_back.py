@@ -26,8 +26,8 @@ from ..stored import Stored
 from .gguf_draft import Draft
 
 _PURPOSE = "save models"
-_STEP = 1 << 20
-"""Values that are looked at at a time."""
+_STEP = 1 << 15
+"""Values that are looked at at a time: they stay in the cache, and torch starts no threads for so few."""
 _FOLDER = "a path that does not end in .gguf gets a folder, which holds every parameter"
 
 
