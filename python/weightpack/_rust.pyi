@@ -4,7 +4,9 @@ Structured arguments and results cross as JSON text; `weightpack.convert`, `weig
 `weightpack.checkpoint` turn them into dataclasses.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -192,9 +194,14 @@ class Plan:
         overwrite: bool,
         resume: bool,
         on_progress: Callable[[int, int, int, str], None] | None,
+        keep: Callable[[Path], Sequence[str | os.PathLike[str]]] | None = None,
     ) -> str:
         """Carries the plan out. `on_progress(read_bytes, source_bytes, written_bytes, tensor)` is called about ten
         times a second from the calling thread; signals are seen as often.
+
+        `keep(folder)` lists the files, links and empty folders of what is at the destination that are carried
+        over, relative to it: it is called when everything is written and no other writer can come between, at
+        last with the folder that has just been replaced. What it raises leaves the destination as it is.
 
         JSON report: seconds; read_bytes; written_bytes; resumed_bytes; files: [{path, bytes}];
         tensors: [{name, as, from, to, output_bytes, bits_per_weight,

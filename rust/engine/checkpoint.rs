@@ -239,7 +239,13 @@ impl Checkpoint {
                 shape::add(stored.entry.offset, offset, "file offset")?,
                 buffer,
             )
-            .map_err(|error| error.tensor(&stored.entry.name).file(file.source.path()))?;
+            .map_err(|error| {
+                let error = error.tensor(&stored.entry.name);
+                match self.lasting_path(stored.file) {
+                    Some(path) => error.file(path),
+                    None => error,
+                }
+            })?;
         if file.header.big_endian {
             float::swap_elements(stored.entry.dtype, buffer)?;
         }
@@ -266,6 +272,12 @@ impl Checkpoint {
         self.files
             .get(file)
             .map_or(Path::new(""), |file| file.source.path())
+    }
+
+    /// As [`Self::path`], unless its bytes only lie in this process's memory.
+    pub fn lasting_path(&self, file: usize) -> Option<&Path> {
+        let source = &self.files.get(file)?.source;
+        source.is_lasting().then(|| source.path())
     }
 
     fn recognise(&self, hints: &Hints) -> Result<Vec<Tensor>> {

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::io::file::{self, FileSink, FileSource};
+use crate::io::file::{FileSink, FileSource};
 use crate::io::{index, Source};
 
 use super::plan::Plan;
@@ -44,9 +44,6 @@ pub fn write(plan: &Plan, content: &Path, tick: &mut dyn FnMut() -> Result<()>) 
             written += write_text(&path, text, plan.options.sync)?;
         }
     }
-    if plan.options.sync {
-        file::sync_directory(content)?;
-    }
     Ok(written)
 }
 
@@ -85,7 +82,13 @@ fn write_text(path: &Path, text: &str, sync: bool) -> Result<u64> {
     Ok(text.len() as u64)
 }
 
-fn copy(from: &Path, to: &Path, sync: bool, tick: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
+/// Copies a file, or what a link leads to; gives its length.
+pub fn copy(
+    from: &Path,
+    to: &Path,
+    sync: bool,
+    tick: &mut dyn FnMut() -> Result<()>,
+) -> Result<u64> {
     let source = FileSource::open(from)?;
     let sink = FileSink::create(to)?;
     let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(source.len()).unwrap_or(COPY_BYTES))];

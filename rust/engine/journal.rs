@@ -22,6 +22,9 @@ pub enum Line {
         sources: String,
         /// Version of this crate; another one starts over.
         version: String,
+        /// The source lay in the memory of the process: nobody can go on from here.
+        #[serde(default, skip_serializing_if = "is_resumable")]
+        transient: bool,
     },
     /// Every byte of a tensor is in its shard.
     Tensor {
@@ -44,6 +47,12 @@ pub enum Line {
         /// Inode of the content, to tell afterwards whether it did.
         inode: u64,
     },
+}
+
+/// For serde, which leaves the field out where it says nothing.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_resumable(transient: &bool) -> bool {
+    !transient
 }
 
 /// Error sums as a line holds them; `None` where one is not finite, which JSON has no word for.
@@ -101,24 +110,7 @@ impl Journal {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("cannot open", path, error)),
         };
-        let mut lines = Vec::new();
-        let mut whole_bytes = 0u64;
-        let mut reader = BufReader::new(&file);
-        let mut text = Vec::new();
-        loop {
-            text.clear();
-            let length = reader
-                .read_until(b'\n', &mut text)
-                .map_err(|error| Error::io("cannot read", path, error))?;
-            if length == 0 || text.last() != Some(&b'\n') {
-                break;
-            }
-            let Ok(line) = serde_json::from_slice::<Line>(&text) else {
-                break;
-            };
-            lines.push(line);
-            whole_bytes += length as u64;
-        }
+        let (mut lines, whole_bytes) = whole_lines(&file, path)?;
         if lines.first() != Some(begin) {
             return Ok(None);
         }
@@ -133,6 +125,15 @@ impl Journal {
             },
             rest,
         )))
+    }
+
+    /// The whole lines of a journal, the first one included; none where there is no journal.
+    pub fn read(path: &Path) -> Result<Vec<Line>> {
+        match File::open(path) {
+            Ok(file) => Ok(whole_lines(&file, path)?.0),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(Error::io("cannot open", path, error)),
+        }
     }
 
     /// Appends lines and forces them to the disk.
@@ -150,6 +151,29 @@ impl Journal {
     }
 }
 
+/// The lines of a journal up to the first that is not whole, and their length in bytes.
+fn whole_lines(file: &File, path: &Path) -> Result<(Vec<Line>, u64)> {
+    let mut lines = Vec::new();
+    let mut whole_bytes = 0u64;
+    let mut reader = BufReader::new(file);
+    let mut text = Vec::new();
+    loop {
+        text.clear();
+        let length = reader
+            .read_until(b'\n', &mut text)
+            .map_err(|error| Error::io("cannot read", path, error))?;
+        if length == 0 || text.last() != Some(&b'\n') {
+            break;
+        }
+        let Ok(line) = serde_json::from_slice::<Line>(&text) else {
+            break;
+        };
+        lines.push(line);
+        whole_bytes += length as u64;
+    }
+    Ok((lines, whole_bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +183,7 @@ mod tests {
             plan: plan.into(),
             sources: "s".into(),
             version: "v".into(),
+            transient: false,
         }
     }
 
@@ -193,5 +218,24 @@ mod tests {
         assert!(Journal::reopen(&folder.path().join("none"), &begin("a"))
             .unwrap()
             .is_none());
+    }
+
+    #[test]
+    fn only_a_source_in_memory_is_told_and_older_journals_have_none() {
+        let text = serde_json::to_string(&begin("a")).unwrap();
+        assert!(!text.contains("transient"), "{text}");
+        assert_eq!(serde_json::from_str::<Line>(&text).unwrap(), begin("a"));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        assert!(Journal::read(&path).unwrap().is_empty());
+        let line = Line::Begin {
+            plan: "a".into(),
+            sources: "s".into(),
+            version: "v".into(),
+            transient: true,
+        };
+        Journal::create(&path, &line).unwrap();
+        assert_eq!(Journal::read(&path).unwrap(), [line]);
+        assert!(Journal::reopen(&path, &begin("a")).unwrap().is_none());
     }
 }

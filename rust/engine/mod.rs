@@ -11,6 +11,7 @@
 //! | `slab` | decode, encode and measure a slab while it is in cache |
 //! | `two_pass` | the first pass of formats that need the whole tensor first |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
+//! | `carry`, `leftovers` | files of a folder that outlive its model; what killed runs left |
 //! | [`array`] | encode and decode an array in memory |
 //! | [`writer`] | a file made from arrays in memory |
 //! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
@@ -18,6 +19,7 @@
 
 pub mod array;
 mod assign;
+mod carry;
 pub mod checkpoint;
 pub mod compare;
 mod derive;
@@ -29,6 +31,7 @@ mod identity;
 mod importance;
 mod journal;
 mod keeper;
+mod leftovers;
 mod memory;
 mod metadata;
 mod pieces;
@@ -48,7 +51,8 @@ pub mod verify;
 mod workspace;
 pub mod writer;
 
+pub use carry::Keep;
 pub use checkpoint::Checkpoint;
 pub use plan::Plan;
 pub use request::Request;
-pub use run::{run, Progress, RunChoices};
+pub use run::{run, run_beside, Progress, RunChoices};

@@ -185,6 +185,22 @@ impl Plan {
         Ok((checkpoint, planned.tensor(checkpoint)?))
     }
 
+    /// Whether its source lies in the memory of this process, so that no other one can go on with it.
+    pub fn is_transient(&self) -> bool {
+        let files = self.checkpoints.iter().flat_map(|one| &one.files);
+        files.into_iter().any(|open| !open.source.is_lasting())
+    }
+
+    /// Names the folder it is built in: the same for a conversion that may be resumed, another one each
+    /// time for what is written from memory, so that two writers do not meet.
+    pub fn workspace_id(&self) -> &str {
+        if self.is_transient() {
+            &self.source_state
+        } else {
+            &self.id
+        }
+    }
+
     /// Bytes that will be read from weights files.
     pub fn source_bytes(&self) -> u64 {
         self.tensors
@@ -220,7 +236,7 @@ impl Plan {
 
     /// Free bytes where the destination will lie.
     pub fn disk_free_bytes(&self) -> Result<u64> {
-        file::free_bytes(workspace::existing_parent(&self.destination))
+        file::free_bytes(workspace::existing_parent(&self.destination)?)
     }
 
     /// What a worker does with each slab of an encoded tensor.
@@ -256,7 +272,7 @@ impl Plan {
             other => return Err(Error::config(format!("unknown container \"{other}\""))),
         };
         if output.tensors.is_empty() {
-            return Err(Error::checkpoint("no tensors to convert"));
+            return Err(Error::checkpoint("no tensors to write"));
         }
         let metadata = self.metadata(container, output)?;
         let first_shard = self.shards.len();

@@ -6,12 +6,15 @@ use crate::error::{Error, Result};
 use crate::io::file;
 use crate::io::Source;
 
+use super::leftovers::Leftover;
 use super::plan::Plan;
 use super::request::Kind;
 use super::workspace;
 
-/// Refuses a destination that exists, or is of another kind.
+/// Refuses a destination that exists, is of another kind or cannot be written.
 pub fn check_place(destination: &Path, kind: Kind, overwrite: bool) -> Result<()> {
+    let parent = workspace::existing_parent(destination)?;
+    file::check_writable(parent)?;
     let Ok(metadata) = std::fs::symlink_metadata(destination) else {
         return Ok(());
     };
@@ -26,7 +29,17 @@ pub fn check_place(destination: &Path, kind: Kind, overwrite: bool) -> Result<()
     if !overwrite && !empty_folder {
         return Err(Error::config("the destination exists")
             .file(destination)
-            .hint("choose another one, or replace it with --overwrite"));
+            .hint("choose another one, or replace it with --overwrite (overwrite=True)"));
+    }
+    if metadata.is_dir() {
+        // The folder as a whole gets another name.
+        file::check_writable(destination)?;
+        if file::is_mount_point(destination) {
+            let fact = "the destination is a mount point, and a folder is replaced as a whole";
+            return Err(Error::config(fact)
+                .file(destination)
+                .hint("write to a folder in it"));
+        }
     }
     Ok(())
 }
@@ -39,7 +52,7 @@ pub fn check_destination(plan: &Plan, overwrite: bool) -> Result<()> {
         .checkpoints
         .iter()
         .flat_map(|checkpoint| &checkpoint.files)
-        .any(|open| lies_in(open.source.path(), destination))
+        .any(|open| open.source.is_file() && lies_in(open.source.path(), destination))
     {
         return Err(Error::config("the destination holds the source")
             .file(destination)
@@ -56,14 +69,18 @@ fn lies_in(file: &Path, place: &Path) -> bool {
     }
 }
 
-/// Refuses a plan that the disk has no room for, what an earlier run reserved counted in.
-pub fn check_space(plan: &Plan) -> Result<()> {
-    let partial = workspace::partial_path(&plan.destination, &plan.id);
-    let there = file::used_bytes(&partial);
+/// Refuses a plan that the disk has no room for, what an earlier run reserved and what will be
+/// removed counted in.
+pub fn check_space(plan: &Plan, leftovers: &[Leftover]) -> Result<()> {
+    let partial = workspace::partial_path(&plan.destination, plan.workspace_id());
+    let removed = leftovers
+        .iter()
+        .map(|leftover| file::used_bytes(leftover.path()));
+    let there = removed.fold(file::used_bytes(&partial), u64::saturating_add);
     let need = plan.output_bytes().saturating_sub(there);
     let free = plan.disk_free_bytes()?;
     if need > free {
-        let folder = workspace::existing_parent(&plan.destination);
+        let folder = workspace::existing_parent(&plan.destination)?;
         return Err(Error::no_space(need, free, folder));
     }
     Ok(())

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::formats::{ErrorSums, Importance, Layout};
 
+use super::carry::Keep;
 use super::checkpoint::{Stored, Tensor};
 use super::extra;
 use super::journal::{Journal, Line};
 use super::keeper::{self, Done, Finished, Keeper, Sinks};
+use super::leftovers::{self, Leftover};
 use super::pieces::{add_pieces, read_slab, source_ranges, Piece};
 use super::plan::{Action, Plan, Planned, Slot};
 use super::pool::{self, lock, Stop};
@@ -73,15 +75,28 @@ pub fn run(
     choices: RunChoices,
     tick: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<Report> {
+    run_beside(plan, choices, None, tick)
+}
+
+/// As [`run`]; where a folder is at the destination, what `keep` lists of it is carried over, and what
+/// that does not refuse is replaced.
+pub fn run_beside(
+    plan: &Plan,
+    choices: RunChoices,
+    keep: Option<Keep<'_>>,
+    tick: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<Report> {
     let started = Instant::now();
     let begin = Line::Begin {
         plan: plan.id.clone(),
         sources: plan.source_state.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        transient: plan.is_transient(),
     };
-    let (destination, kind) = (plan.destination.as_path(), plan.kind);
+    let (destination, kind, id) = (plan.destination.as_path(), plan.kind, plan.workspace_id());
+    leftovers::recover(destination)?;
     if choices.resume {
-        if let Some(lines) = Workspace::committed(destination, kind, &plan.id, &begin)? {
+        if let Some(lines) = Workspace::committed(destination, kind, id, &begin)? {
             let done = keeper::read_lines(plan, lines);
             let totals = Totals {
                 resumed_bytes: plan.output_bytes(),
@@ -90,18 +105,39 @@ pub fn run(
             return Ok(Report::new(plan, &done, &totals, started.elapsed()));
         }
     }
-    preflight::check_destination(plan, choices.overwrite)?;
-    preflight::check_space(plan)?;
+    preflight::check_destination(plan, choices.overwrite || keep.is_some())?;
+    let leftovers = leftovers::find(destination);
+    preflight::check_space(plan, &leftovers)?;
+    leftovers.into_iter().for_each(Leftover::remove);
     let (workspace, mut journal, lines) =
-        Workspace::open(destination, kind, &plan.id, &begin, choices.resume)?;
-    match fill(plan, &workspace, &mut journal, lines, tick) {
+        Workspace::open(destination, kind, id, &begin, choices.resume)?;
+    let outcome = fill(plan, &workspace, &mut journal, lines, tick).and_then(|filled| {
+        let (_, totals) = &filled;
+        let last = plan.tensors.last();
+        let progress = Progress {
+            read_bytes: totals.read_bytes,
+            total_bytes: totals.read_bytes,
+            written_bytes: totals.written_bytes,
+            tensor: last.map_or(String::new(), |planned| planned.target.clone()),
+        };
+        let mut quiet = || tick(&progress);
+        let (sync, overwrite) = (plan.options.sync, choices.overwrite);
+        workspace.commit_beside(&mut journal, sync, overwrite, keep, &mut quiet)?;
+        Ok(filled)
+    });
+    match outcome {
         Ok((done, totals)) => {
-            workspace.commit(&mut journal, plan.options.sync)?;
+            let removed = workspace.remove();
+            // What is left of a transient one the next writer removes.
+            if !plan.is_transient() {
+                removed?;
+            }
             Ok(Report::new(plan, &done, &totals, started.elapsed()))
         }
         Err(error) => {
-            // An interruption or a full disk can be resumed; bad input cannot.
-            if !matches!(error, Error::Interrupted | Error::Io { .. }) {
+            // An interruption or a full disk can be resumed; bad input cannot, nor what was in memory.
+            let resumable = matches!(error, Error::Interrupted | Error::Io { .. });
+            if plan.is_transient() || !resumable {
                 workspace.discard();
             }
             Err(error)
@@ -309,7 +345,13 @@ impl<'r> Run<'r> {
             .and_then(|planned| self.plan.source(planned))
         {
             Ok((checkpoint, source)) => match source.main() {
-                Ok(main) => error.tensor(&source.name).file(checkpoint.path(main.file)),
+                Ok(main) => {
+                    let error = error.tensor(&source.name);
+                    match checkpoint.lasting_path(main.file) {
+                        Some(path) => error.file(path),
+                        None => error,
+                    }
+                }
                 Err(_) => error.tensor(&source.name),
             },
             Err(_) => error,

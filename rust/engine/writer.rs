@@ -14,6 +14,7 @@ use crate::shape;
 
 use super::array::{self, Options};
 use super::journal::{Journal, Line};
+use super::leftovers;
 use super::preflight;
 use super::request::Kind;
 use super::workspace::{self, Workspace};
@@ -25,6 +26,7 @@ pub struct Writer {
     workspace: Workspace,
     journal: Journal,
     written: Vec<bool>,
+    overwrite: bool,
 }
 
 impl Writer {
@@ -44,16 +46,20 @@ impl Writer {
             .lay_out(entries, metadata)
             .map_err(|error| error.file(destination))?;
         preflight::check_place(destination, Kind::File, overwrite)?;
-        let free = file::free_bytes(workspace::existing_parent(destination))?;
+        let folder = workspace::existing_parent(destination)?;
+        let free = file::free_bytes(folder)?;
         if layout.total_bytes > free {
-            let folder = workspace::existing_parent(destination);
             return Err(Error::no_space(layout.total_bytes, free, folder));
+        }
+        for leftover in leftovers::find(destination) {
+            leftover.remove();
         }
         let id = identity(&layout)?;
         let begin = Line::Begin {
             plan: id.clone(),
             sources: String::new(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            transient: true,
         };
         let (workspace, journal, _) = Workspace::open(destination, Kind::File, &id, &begin, false)?;
         let made = FileSink::create(&workspace.content().join(name))
@@ -65,6 +71,7 @@ impl Writer {
                 workspace,
                 journal,
                 written: vec![false; count],
+                overwrite,
             }),
             Err(error) => {
                 workspace.discard();
@@ -124,7 +131,15 @@ impl Writer {
         // Until here the file begins with zeros, which every reader refuses.
         self.sink.write_at(0, &self.layout.header(&[])?)?;
         self.sink.sync_all()?;
-        self.workspace.commit(&mut self.journal, true)?;
+        let committed = self
+            .workspace
+            .commit(&mut self.journal, true, self.overwrite);
+        if let Err(error) = committed {
+            self.workspace.discard();
+            return Err(error);
+        }
+        // Should that fail, the next writer tries again.
+        let _ = self.workspace.remove();
         Ok(self.layout.total_bytes)
     }
 

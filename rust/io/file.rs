@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags, RenameFlags, CWD};
+use rustix::fs::{Access, FallocateFlags, OFlags, RenameFlags, CWD};
 use rustix::io::Errno;
 
 use super::memory::MemorySource;
@@ -129,6 +129,16 @@ impl FileSource {
             path: source.path().to_owned(),
             content: Content::Other(source),
         }
+    }
+
+    /// Whether another process can read the same bytes: those of a file, or made of files.
+    pub fn is_lasting(&self) -> bool {
+        !matches!(self.content, Content::Other(_))
+    }
+
+    /// Whether it is a file, and its path one of this machine.
+    pub fn is_file(&self) -> bool {
+        matches!(self.content, Content::File(_))
     }
 
     /// What tells this state of the file from another, as of opening.
@@ -318,6 +328,72 @@ pub fn sync_directory(path: &Path) -> Result<()> {
         .map_err(|error| Error::io("cannot sync", path, error))
 }
 
+/// Whether files can be made and removed in a folder.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|error| Error::io("cannot write to", folder, error.into()))
+}
+
+/// Whether another file system begins at `path`, as far as the system tells: such a folder has no
+/// other name that it could get.
+pub fn is_mount_point(path: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{AtFlags, StatxAttributes, StatxFlags};
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        rustix::fs::statx(CWD, path, flags, StatxFlags::empty())
+            .is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let device = |path: &Path| std::fs::symlink_metadata(path).map(|metadata| metadata.dev());
+        let above = path.parent().and_then(|parent| device(parent).ok());
+        device(path)
+            .ok()
+            .zip(above)
+            .is_some_and(|(own, above)| own != above)
+    }
+}
+
+/// Takes the lock of an open file or folder, unless another one holds it: the system frees it however
+/// its holder ends. `None` where the file system has no locks.
+pub fn try_lock(file: &File) -> Option<bool> {
+    use rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    loop {
+        match rustix::fs::flock(file, NonBlockingLockExclusive) {
+            Ok(()) => return Some(true),
+            Err(Errno::WOULDBLOCK) => return Some(false),
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Whether an open file or folder is still the one called `path`.
+pub fn is_called(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::symlink_metadata(path)) {
+        (Ok(open), Ok(named)) => (open.dev(), open.ino()) == (named.dev(), named.ino()),
+        _ => false,
+    }
+}
+
+/// Gives `from` the name `to`, unless something has that name: then it is `false`.
+pub fn rename_new(from: &Path, to: &Path) -> Result<bool> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(true),
+        Err(Errno::EXIST) => Ok(false),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            if to.symlink_metadata().is_ok() {
+                return Ok(false);
+            }
+            std::fs::rename(from, to)
+                .map(|()| true)
+                .map_err(|error| Error::io("cannot rename", from, error))
+        }
+        Err(error) => Err(Error::io("cannot rename", from, error.into())),
+    }
+}
+
 /// Bytes that this user can still write to the file system that holds `path`.
 pub fn free_bytes(path: &Path) -> Result<u64> {
     let status = rustix::fs::statvfs(path)
@@ -355,9 +431,21 @@ pub fn exchange(a: &Path, b: &Path) -> Result<()> {
     }
 }
 
+/// What [`exchange`] calls a folder between two renames, without the number of its process.
+const ASIDE: &str = ".exchanged-";
+
+/// What a crash in the middle of [`exchange`] left of `a` under another name.
+pub fn aside(a: &Path) -> Option<PathBuf> {
+    let prefix = format!("{}{ASIDE}", a.file_name()?.to_string_lossy());
+    let mut entries = std::fs::read_dir(a.parent()?).ok()?.flatten();
+    entries
+        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+        .map(|entry| entry.path())
+}
+
 fn exchange_by_renames(a: &Path, b: &Path) -> Result<()> {
     let mut name = a.as_os_str().to_owned();
-    name.push(format!(".exchanged-{}", std::process::id()));
+    name.push(format!("{ASIDE}{}", std::process::id()));
     let aside = PathBuf::from(name);
     let rename = |from: &Path, to: &Path| {
         std::fs::rename(from, to).map_err(|error| Error::io("cannot rename", from, error))
@@ -479,6 +567,29 @@ mod tests {
         // Beyond any disk; the error is the system's (no space, or larger than it allows).
         let text = sink.reserve(free.saturating_add(1 << 42)).unwrap_err();
         assert!(text.to_string().starts_with("cannot reserve space for"));
+    }
+
+    #[test]
+    fn a_new_name_is_not_taken_from_another_and_locks_belong_to_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (folder.path().join("a"), folder.path().join("b"));
+        std::fs::create_dir(&a).unwrap();
+        check_writable(&a).unwrap();
+        assert!(check_writable(&b).is_err());
+        assert!(!is_mount_point(&a) && !is_mount_point(&b));
+        #[cfg(target_os = "linux")]
+        assert!(is_mount_point(Path::new("/proc")));
+        let open = File::open(&a).unwrap();
+        assert_eq!(try_lock(&open), Some(true));
+        assert_eq!(try_lock(&File::open(&a).unwrap()), Some(false));
+        assert!(is_called(&open, &a));
+        assert!(rename_new(&a, &b).unwrap());
+        assert!(!is_called(&open, &a) && is_called(&open, &b));
+        std::fs::create_dir(&a).unwrap();
+        assert!(!rename_new(&a, &b).unwrap());
+        assert!(is_called(&open, &b));
+        drop(open);
+        assert_eq!(try_lock(&File::open(&b).unwrap()), Some(true));
     }
 
     #[test]

@@ -12,6 +12,10 @@ use crate::io::file::FileSource;
 use crate::io::{Entry, Source};
 use crate::shape;
 
+/// Bytes asked of a reader at a time: it makes an array of them, beside the buffer that they end in, and
+/// what it frees the system's allocator does not give back at once.
+const READER_BYTES: usize = 1 << 20;
+
 /// Where the bytes of one array come from.
 enum Bytes {
     /// An array of bytes.
@@ -50,6 +54,10 @@ impl Source for Arrays {
                 return Err(Error::Internal(format!("no array holds byte {position}")));
             };
             let count = rest.len().min(shape::to_usize(end - position)?);
+            let count = match array {
+                Bytes::Array(_) => count,
+                Bytes::Reader(_) => count.min(READER_BYTES),
+            };
             let (here, later) = rest.split_at_mut(count);
             Python::attach(|py| array.read(py, position - start, here))?;
             position += count as u64;

@@ -1,7 +1,7 @@
 //! Bindings of the engine: checkpoints, plans, comparisons.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use super::metadata;
 use crate::dtype::Dtype;
 use crate::engine::recognise::Hints;
 use crate::engine::{
-    self, compare, fill, plan, read, report, verify, Progress, Request, RunChoices,
+    self, compare, fill, plan, read, report, verify, Keep, Progress, Request, RunChoices,
 };
 use crate::error::{Error, Result};
 use crate::io::{gguf, Metadata, Source};
@@ -367,19 +367,38 @@ impl Plan {
         to_json(&value)
     }
 
-    #[pyo3(signature = (*, overwrite, resume, on_progress))]
+    #[pyo3(signature = (*, overwrite, resume, on_progress, keep=None))]
     fn run(
         &self,
         py: Python<'_>,
         overwrite: bool,
         resume: bool,
         on_progress: Option<Py<PyAny>>,
+        keep: Option<Py<PyAny>>,
     ) -> PyResult<String> {
         let mut watch = Watch::new(on_progress.as_ref());
+        let mut refusal = None;
         let outcome = guarded(py, || {
             let choices = RunChoices { overwrite, resume };
-            engine::run(&self.0, choices, &mut |progress| watch.tick(progress))
+            let mut list = |folder: &Path| {
+                let names = Python::attach(|py| match &keep {
+                    Some(keep) => keep.call1(py, (folder,))?.extract(py),
+                    None => Ok(Vec::new()),
+                });
+                names.map_err(|raised| {
+                    refusal = Some(raised);
+                    Error::Interrupted
+                })
+            };
+            let list: Option<Keep<'_>> = match &keep {
+                Some(_) => Some(&mut list),
+                None => None,
+            };
+            engine::run_beside(&self.0, choices, list, &mut |progress| watch.tick(progress))
         });
+        if let (Some(raised), Err(_)) = (refusal, &outcome) {
+            return Err(raised);
+        }
         to_json(&watch.settle(outcome)?)
     }
 }
