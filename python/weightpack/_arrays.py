@@ -65,7 +65,11 @@ def view(array: Any) -> Bytes:
             )
         # A lazy negation has no bytes of its own until it is carried out.
         dense = array.detach().resolve_neg().contiguous()
-        data = dense.reshape(-1).view(torch.uint8).numpy()
+        flat = dense.reshape(-1)
+        if flat.numel() < 2:
+            # One element alone counts as contiguous, whatever its stride, but is no bytes with that.
+            flat = flat.as_strided((flat.numel(),), (1,))
+        data = flat.view(torch.uint8).numpy()
         return Bytes(dense, data, tuple(array.shape), _NAMES.get(str(array.dtype).removeprefix("torch.")), True)
     given = np.asarray(array)
     if not given.dtype.isnative:

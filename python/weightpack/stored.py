@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ._lazy import require
 from .errors import FormatError
-from .quantizers.dtypes import stored_name
+from .quantizers.dtypes import STORED
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class Stored:
 
     @property
     def dtype(self) -> str:
-        """Stored type, "BF16"."""
-        return stored_name(self.tensor.dtype)
+        """Stored type, "BF16". Raises `FormatError` for one that files have no name for."""
+        name = str(self.tensor.dtype).removeprefix("torch.")
+        if name not in STORED:
+            raise FormatError(f'"{self.name}" has elements of {name}, which safetensors files have no type for')
+        return STORED[name]
 
     @property
     def shape(self) -> list[int]:
@@ -48,7 +52,10 @@ class Stored:
         tensor = self.tensor.detach()
         if tensor.device.type == "meta":
             raise FormatError(f'"{self.name}" is not in memory: bring the model back from the disk first')
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg():
+        if str(tensor.layout) != "torch.strided":
+            raise FormatError(f'"{self.name}" is sparse ({tensor.layout}), and files hold dense tensors')
+        is_lazy = tensor.is_neg() or tensor.is_conj()
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not is_lazy:
             from . import _arrays
 
             return _arrays.view(tensor).data
@@ -60,8 +67,6 @@ class Reader:
     one that is not contiguous. Only what is asked for is brought together."""
 
     def __init__(self, tensor: Any) -> None:
-        while tensor.dim() > 1 and tensor.shape[0] == 1:
-            tensor = tensor[0]
         self._tensor = tensor
 
     def __call__(self, offset: int, count: int) -> Any:
@@ -70,17 +75,30 @@ class Reader:
 
         size = int(self._tensor.element_size())
         first, end = offset // size, -(-(offset + count) // size)
-        data = _arrays.view(self._elements(first, end).cpu()).data
+        pieces = _elements(self._tensor, first, end)
+        flat = pieces[0] if len(pieces) == 1 else require("torch", "save models").cat(pieces)
+        data = _arrays.view(flat.cpu().resolve_conj()).data
         return data[offset - first * size :][:count]
 
-    def _elements(self, first: int, end: int) -> Any:
-        tensor = self._tensor
-        if tensor.dim() < 2:
-            return tensor.reshape(-1)[first:end]
-        per_row = prod(tensor.shape[1:])
-        row = first // per_row
-        rows = tensor[row : -(-end // per_row)]
-        return rows.reshape(-1)[first - row * per_row : end - row * per_row]
+
+def _elements(tensor: Any, first: int, end: int) -> list[Any]:
+    """Elements `first` up to `end` of a tensor in order, as flat ones that make no more than they hold."""
+    if first >= end or not tensor.numel():
+        return [tensor.new_empty(0)]
+    if tensor.dim() < 2:
+        return [tensor.reshape(-1)[first:end]]
+    per_row = prod(tensor.shape[1:])
+    row = first // per_row
+    if end <= (row + 1) * per_row:
+        return _elements(tensor[row], first - row * per_row, end - row * per_row)
+    # Whole rows, and parts of the one before and the one behind them.
+    whole, last = -(-first // per_row), end // per_row
+    pieces = [tensor[whole:last].reshape(-1)]
+    if first < whole * per_row:
+        pieces = [*_elements(tensor[row], first - row * per_row, per_row), *pieces]
+    if last * per_row < end:
+        pieces.extend(_elements(tensor[last], 0, end - last * per_row))
+    return pieces
 
 
 class Computation:

@@ -7,9 +7,10 @@ there at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -21,46 +22,84 @@ BESIDE = (*FILES_BESIDE, "modelopt_state.pth")
 """Files that say how the weights beside them are packed."""
 
 
-def carried_files(destination: Path, replaced: Collection[str], *, overwrite: bool) -> list[Path]:
-    """The files below `destination` that stay, relative to it; `replaced` are the files (relative, with `/`)
-    for which `is_replaced` holds or that are written anew.
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """The folder that is replaced when a model is saved to `path`: for a link to one, what it leads to.
 
-    Raises `ConfigError` where the destination is no folder, or where a file would be replaced and
-    `overwrite` is not given.
+    Raises `ConfigError` for what is there and is no folder.
     """
-    if not os.path.lexists(destination):
-        return []
-    if not destination.is_dir():
-        raise ConfigError(f"{destination} is a file, and a model is saved to a folder")
+    place = Path(os.path.abspath(path))
+    if place.is_symlink():
+        target = Path(os.path.realpath(place))
+        if not target.is_dir():
+            raise ConfigError(f"{place} is a link to {target}, which is no folder")
+        return target
+    if not place.name:
+        raise ConfigError(f"{place} is no folder that could be replaced")
+    if os.path.lexists(place) and not place.is_dir():
+        raise ConfigError(f"{place} is a file, and a model is saved to a folder")
+    return place
+
+
+@contextlib.contextmanager
+def folders_above(destination: Path) -> Iterator[None]:
+    """If what is done in this context fails, folders above `destination` that it made are removed."""
+    missing = [above for above in destination.parents if not above.exists()]
+    try:
+        yield
+    except BaseException:
+        for above in missing:
+            with contextlib.suppress(OSError):
+                above.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def current_folder(destination: Path) -> Iterator[None]:
+    """Where the process works in `destination` or below it, it does so afterwards in the new folder."""
+    current = None
+    with contextlib.suppress(OSError):
+        current = Path(os.getcwd())
+    yield
+    if current is not None and current.is_relative_to(destination):
+        with contextlib.suppress(OSError):
+            os.chdir(current)
+
+
+def carried_files(
+    folder: Path, written: Collection[str], is_old: Callable[[str], bool], *, overwrite: bool
+) -> list[Path]:
+    """What stays of what is in `folder`, relative to it: files, links and empty folders.
+
+    `written` are the files (relative, with `/`) that are written anew, `is_old` says which ones give way
+    besides. Raises `ConfigError` where something would give way and `overwrite` is not given, `OSError`
+    for a folder that cannot be listed.
+    """
+    above = {parent.as_posix() for name in written for parent in Path(name).parents}
     carried: list[Path] = []
     taken: list[Path] = []
-    for file in _files_below(destination):
+    for file in _files_below(folder) if folder.is_dir() else ():
         name = file.as_posix()
-        (taken if name in replaced else carried).append(file)
+        blocked = [parent for parent in file.parents if parent.as_posix() in written]
+        if blocked:
+            raise ConfigError(f"{folder / blocked[0]} is a folder, and a file of that name is to be written")
+        if name in above and not (folder / file).is_symlink() and (folder / file).is_dir():
+            continue
+        (taken if name in written or name in above or is_old(name) else carried).append(file)
     if taken and not overwrite:
         raise ConfigError(
-            f"{destination} holds {taken[0]}{_and_more(len(taken) - 1)}",
+            f"{folder} holds {taken[0]}{_and_more(len(taken) - 1)}",
             hint="save to another place, or replace the model there with overwrite=True",
         )
     return carried
 
 
-def replaced_files(destination: Path, folder: str, variant: str | None) -> list[str]:
-    """Files of an earlier model in `folder` below `destination` that a new one of this variant replaces: its
-    weights and indexes, of either kind and any number, and what says how they are packed."""
-    place = destination / folder
-    if not place.is_dir():
-        return []
-    names = [name for name in sorted(os.listdir(place)) if is_replaced(name, variant)]
-    return [f"{folder}/{name}" if folder else name for name in names]
-
-
-def is_replaced(name: str, variant: str | None) -> bool:
-    """Whether a file of this name belongs to the weights of a model of `variant`.
+def is_replaced(name: str, variant: str | None, stem: str = STEMS[0]) -> bool:
+    """Whether a file of this name belongs to the weights of an earlier model of `variant`: weights and
+    indexes of either kind and any number, and what says how they are packed.
 
     The variant may also stand where older releases of the hosts put it, and still look for it.
     """
-    stems = f"(?:{'|'.join(STEMS)})"
+    stems = f"(?:{'|'.join(re.escape(one) for one in (*STEMS, stem))})"
     kind = r"\.(?:safetensors|bin)"
     shard = r"(?:-\d{5}-of-\d{5})?"
     infix = re.escape(f".{variant}") if variant else ""
@@ -81,11 +120,17 @@ def index_name(stem: str, variant: str | None, extension: str = "safetensors") -
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files and links below `folder`, relative to it. Links are not followed."""
-    for place, folders, names in os.walk(folder):
+    """All files, links and empty folders below `folder`, relative to it. Links are not followed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail):
         links = [name for name in folders if Path(place, name).is_symlink()]
         for name in sorted([*names, *links]):
             yield Path(place, name).relative_to(folder)
+        if not folders and not names and Path(place) != folder:
+            yield Path(place).relative_to(folder)
 
 
 def _and_more(count: int) -> str:

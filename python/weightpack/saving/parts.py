@@ -17,7 +17,15 @@ from ..loading.host import host_of
 from ..loading.skeleton import build
 from ..quantizers.base import quantizer_of
 from ..stored import Stored
-from .destination import carried_files, index_name, replaced_files, weights_stem
+from .destination import (
+    carried_files,
+    current_folder,
+    folders_above,
+    index_name,
+    is_replaced,
+    place_of,
+    weights_stem,
+)
 from .offloaded import brought_back, tied_again
 from .pickle import pickled
 
@@ -149,36 +157,47 @@ def write(
     """Writes `parts`, `texts` and `files` (paths relative to the destination) beside `destination`, then puts
     all in its place in one step. Files there that are nobody's stay; those of earlier models go.
 
+    A destination that is a link to a folder stays one: what it leads to is replaced. What a killed save left
+    beside the destination is removed. Of several at once to one place the last one counts, as a whole.
+
     Raises `ConfigError` where a file is in the way and `overwrite` is not given, `OSError` where the
     disk has no room or the place cannot be written: then nothing has been touched.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = place_of(destination)
     new_texts = dict(texts or {})
     new_files = dict(files or {})
     for part in parts:
         new_texts.update({part.path(one): text for one, text in part.texts.items()})
         new_files.update({part.path(one): file for one, file in part.files.items()})
-    replaced = {*new_texts, *new_files, *(part.path(one) for part in parts for one in part.objects)}
-    for part in parts:
-        replaced.update(replaced_files(destination, part.folder, part.variant))
-    carried = carried_files(destination, replaced, overwrite=overwrite)
+    written = {*new_texts, *new_files, *(part.path(one) for part in parts for one in part.objects)}
+
+    def is_old(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        return any(folder == part.folder and is_replaced(file, part.variant, part.stem) for part in parts)
+
+    def keep(folder: str | os.PathLike[str]) -> list[Path]:
+        return carried_files(Path(folder), written, is_old, overwrite=overwrite)
+
+    keep(destination)
     own = [part for part in parts if part.is_pickle or part.objects]
-    with pickled(destination, own, max_shard_bytes, on_progress) as (weights, indexes):
+    with (
+        folders_above(destination),
+        current_folder(destination),
+        pickled(destination, own, max_shard_bytes, on_progress) as (weights, indexes),
+    ):
         request, checkpoint = _request(
             name,
             destination,
             [part for part in parts if not part.is_pickle],
             max_shard_bytes,
-            carried,
             {**new_files, **weights},
             {**indexes, **new_texts},
             threads,
         )
         plan = _rust.Plan.build(json.dumps(request), [checkpoint])
-        # What is in the way has been settled above, file by file.
-        plan.run(
-            overwrite=True, resume=False, on_progress=None if any(part.is_pickle for part in parts) else on_progress
-        )
+        # What is in the way is settled by `keep`, file by file, once more when the folder is replaced.
+        is_pickle = any(part.is_pickle for part in parts)
+        plan.run(overwrite=True, resume=False, on_progress=None if is_pickle else on_progress, keep=keep)
 
 
 def _request(
@@ -186,21 +205,19 @@ def _request(
     destination: Path,
     parts: Sequence[Part],
     max_shard_bytes: int,
-    carried: Sequence[Path],
     files: Mapping[str, Path],
     texts: Mapping[str, str],
     threads: int | None,
 ) -> tuple[dict[str, Any], _rust.Checkpoint]:
     """How the engine is asked, and the source that it reads."""
     arrays: list[Any] = []
-    rows: list[tuple[str, str, list[int]]] = []
+    rows: dict[str, tuple[str, str, list[int]]] = {}
     outputs = [_output(number, part, max_shard_bytes, rows, arrays) for number, part in enumerate(parts)]
     request = {
         "destination": os.fspath(destination),
         "kind": "folder",
         "outputs": [output for output in outputs if output["tensors"]],
         "files": [
-            *({"path": path.as_posix(), "link": os.fspath(destination / path)} for path in carried),
             *({"path": path, "link": os.fspath(file)} for path, file in files.items()),
             *({"path": path, "text": text} for path, text in texts.items()),
         ],
@@ -211,17 +228,19 @@ def _request(
             "threads": threads,
         },
     }
-    return request, _rust.Checkpoint.from_arrays(name, rows, arrays, time.time_ns())
+    return request, _rust.Checkpoint.from_arrays(name, list(rows.values()), arrays, time.time_ns())
 
 
 def _output(
-    number: int, part: Part, max_shard_bytes: int, rows: list[tuple[str, str, list[int]]], arrays: list[Any]
+    number: int, part: Part, max_shard_bytes: int, rows: dict[str, tuple[str, str, list[int]]], arrays: list[Any]
 ) -> dict[str, Any]:
     """How the engine is asked for the weights of one part; adds its tensors to the source."""
     tensors = []
     for stored in part.tensors:
-        source = f"{number}/{stored.name}"
-        rows.append((source, stored.dtype, stored.shape))
+        source = part.path(stored.name)
+        if source in rows:
+            source = f"{number}/{source}"
+        rows[source] = (source, stored.dtype, stored.shape)
         arrays.append(stored.source())
         row: dict[str, Any] = {"checkpoint": 0, "name": source, "as": stored.name, "format": "copy"}
         if stored.with_previous:
