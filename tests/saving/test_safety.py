@@ -23,6 +23,7 @@ import weightpack as wp  # noqa: E402
 from tests.loading import nets  # noqa: E402
 from tests.saving.saver import Saver, net_of  # noqa: E402
 from weightpack.errors import ConfigError, FormatError  # noqa: E402
+from weightpack.saving.destination import folder_beside  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -180,6 +181,22 @@ def test_kills_at_every_step(saver: Saver, place: Path, point: str) -> None:
     assert same(loaded(place), old)
     assert others_are_there(place)
     assert leftovers(place) == []
+
+
+def test_what_is_made_aside_goes_too(saver: Saver, place: Path) -> None:
+    """Files that torch writes wait beside the destination for those of the engine."""
+    saver.start(NEW, place, die="keep 2", overwrite=True, safe_serialization=False)
+    assert saver.wait() == -signal.SIGKILL
+    assert len(leftovers(place)) == 2
+    with folder_beside(place) as live:
+        (live / "file").write_text("mine")
+        saver.start(NEW, place, overwrite=True, safe_serialization=False)
+        assert saver.wait() == 0
+        assert (live / "file").read_text() == "mine"
+        assert len(leftovers(place)) == 1
+    assert leftovers(place) == []
+    assert same(content(wp.from_pretrained(nets.Net, place)), content(net_of(**NEW)))
+    assert others_are_there(place)
 
 
 def test_kills_during_a_first_save(saver: Saver, tmp_path: Path) -> None:

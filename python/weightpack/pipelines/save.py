@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from .._lazy import require
 from ..errors import ConfigError
 from ..folder import PIPELINE
 from ..loading.host import HOSTS, host_of
+from ..saving.destination import folder_beside, place_of
 from ..saving.parts import part_of, write
 from ..sizes import parse_size
 from .host import pipeline_host
@@ -58,8 +55,8 @@ def save_pipeline(
                 others[component] = value
             else:
                 raise ConfigError(f"{type(value).__name__} cannot be saved: it has no save_pretrained")
-    destination = Path(os.path.abspath(path))
-    with _aside(destination) as aside:
+    destination = place_of(path)
+    with folder_beside(destination) as aside:
         files = {}
         for component, value in others.items():
             value.save_pretrained(os.fspath(aside / component))
@@ -77,22 +74,3 @@ def save_pipeline(
             threads=threads,
             on_progress=on_progress,
         )
-
-
-@contextmanager
-def _aside(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination`, named like one that the engine builds in, gone afterwards."""
-    above = destination.parent
-    made = [folder for folder in (above, *above.parents) if not folder.exists()]
-    above.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{destination.name}.partial-", dir=above))
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
-            # Only those that are empty: nothing was saved.
-            try:
-                folder.rmdir()
-            except OSError:
-                break

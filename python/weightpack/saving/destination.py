@@ -8,11 +8,17 @@ there at any moment.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import re
+import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from .._rust import __version__
 from ..errors import ConfigError
 from ..quantizers.auto import FILES_BESIDE
 
@@ -41,16 +47,37 @@ def place_of(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def folder_beside(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` for files on their way there, gone afterwards. If the process is killed,
+    the next save to that place removes it: it has the name, the lock and the mark of one that the engine
+    builds in."""
+    with folders_above(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{destination.name}.made-", dir=destination.parent))
+        try:
+            with open(made / "lock", "w") as lock:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                begin = {"plan": "", "sources": "", "version": __version__, "transient": True}
+                (made / "journal").write_text(json.dumps({"begin": begin}) + "\n")
+                made = made.rename(destination.with_name(f"{destination.name}.partial-{secrets.token_hex(6)}"))
+                content = made / "content"
+                content.mkdir()
+                yield content
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def folders_above(destination: Path) -> Iterator[None]:
-    """If what is done in this context fails, folders above `destination` that it made are removed."""
+    """Folders above `destination` that were made in this context, and are empty after it, are removed."""
     missing = [above for above in destination.parents if not above.exists()]
     try:
         yield
-    except BaseException:
+    finally:
         for above in missing:
             with contextlib.suppress(OSError):
                 above.rmdir()
-        raise
 
 
 @contextlib.contextmanager

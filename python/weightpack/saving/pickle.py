@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from .._lazy import require
 from ..errors import FormatError
 from ..loading.source import PICKLES
 from ..stored import Stored
-from .destination import index_name, weights_stem
+from .destination import folder_beside, index_name, weights_stem
 
 if TYPE_CHECKING:
     from .parts import Part
@@ -54,8 +53,7 @@ def pickled(
     free = shutil.disk_usage(parent).free
     if total > free:
         raise OSError(errno.ENOSPC, f'the weights take {total} bytes, and {free} are free in "{parent}"')
-    made = Path(tempfile.mkdtemp(prefix=f"{destination.name}.partial-", suffix=".bin", dir=parent))
-    try:
+    with folder_beside(destination) as made:
         files: dict[str, Path] = {}
         texts: dict[str, str] = {}
         done = 0
@@ -74,8 +72,6 @@ def pickled(
                     on_progress(done, total, done, tensors[-1].name if tensors else name)
             texts.update({part.path(name): text for name, text in index.items()})
         yield files, texts
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def shards(part: Part, max_shard_bytes: int) -> tuple[dict[str, list[Stored]], dict[str, str]]:
