@@ -118,3 +118,13 @@ def test_configs_need_neither_torch_nor_a_host():
         "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_examples_hold():
+    import doctest
+
+    from weightpack.pipelines import config
+
+    done = doctest.testmod(config)
+    assert done.attempted
+    assert not done.failed
