@@ -52,7 +52,7 @@ def save_gguf(
     if quantizer is None and getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError(
             f"{host.name} packed this model by itself",
-            hint="load it with weightpack.from_pretrained, or call register() of its integration before",
+            hint="load it with weightpack.from_pretrained, or call register() before and give weightpack's config",
         )
     if quantizer is not None and quantizer.name != "gguf":
         raise ConfigError(
