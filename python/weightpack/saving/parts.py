@@ -75,10 +75,13 @@ def part_of(
     host = host_of(type(model))
     quantizer = quantizer_of(model)
     if quantizer is None and getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            f"{host.name} packed this model by itself, and only {host.name} knows how its weights are stored",
-            hint="load it with weightpack.from_pretrained, or call register() of its integration before",
-        )
+        known = getattr(host, "quantizer_for", None)
+        quantizer = None if known is None else known(model)
+        if quantizer is None:
+            raise ConfigError(
+                f"{host.name} packed this model by itself, and only {host.name} knows how its weights are stored",
+                hint="load it with weightpack.from_pretrained, or call register() of its integration before",
+            )
     if quantizer is not None and not quantizer.is_serializable:
         raise ConfigError(
             f"{quantizer.name} models cannot be saved: {quantizer.unserializable_reason}",

@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ...loading.host import KeyPlan
 from ...mapping import MappedTensor
 from ...matcher import Matcher
-from ...quantizers.base import Requirement, check_version
+from ...quantizers.base import Quantizer, Requirement, check_version
 from ...stored import Stored
 from .floats import float32_names, state_of
 
@@ -174,6 +174,12 @@ class TransformersHost:
             from .quantizer import attach
 
             attach(model, quantizer, torch_dtype)
+
+    def quantizer_for(self, model: Any) -> Quantizer | None:
+        """See `foreign.quantizer_for`."""
+        from .foreign import quantizer_for
+
+        return quantizer_for(model)
 
     def stored_tensors(self, model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
         """See `saving.stored_tensors`."""
