@@ -223,7 +223,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=choices.folder) as top:
         for host in choices.hosts.split(","):
             command = [sys.executable, __file__, "--prepare", host, top, str(choices.megabytes)]
-            subprocess.run(command, check=True, capture_output=not choices.smoke)
+            prepared = subprocess.run(command, capture_output=True, text=True)
+            if prepared.returncode != 0:
+                raise SystemExit(prepared.stderr)
             rows.append(row(host, Path(top, f"{host}-nf4"), choices.runs))
     record = {
         "date": time.strftime("%Y-%m-%d"),
