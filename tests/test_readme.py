@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .engine.conftest import normal, write_safetensors
+from .pipelines.tiny import save as save_pipeline
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -51,6 +52,7 @@ def make_model(folder: Path) -> None:
 
 def test_commands_and_code_run_as_written(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
+    save_pipeline(tmp_path / "pipeline")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("weightpack ")]
     assert len(commands) > 8
     for line in commands:
