@@ -47,6 +47,30 @@ def test_the_section_is_what_the_host_writes(peer, library, decision, arguments)
     assert list(ours) == sorted(ours)
 
 
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+@pytest.mark.parametrize(("form", "name"), [("int8", "Int8WeightOnlyConfig"), ("float8", "Float8WeightOnlyConfig")])
+def test_the_section_of_torchao_is_what_the_host_writes(peer, library, form, name):
+    config = peer(library).TorchAoConfig(getattr(peer("torchao.quantization"), name)())
+    theirs = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    ours = model_config.host_config([packed(f"torchao:{form}")], [], "bfloat16", library).section
+    assert ours == theirs
+    assert list(ours) == sorted(ours)
+
+
+@pytest.mark.parametrize("form", ["int8", "float8"])
+def test_the_section_of_quanto(peer, form):
+    decisions = [packed(f"quanto:{form}")]
+    ours = model_config.host_config(decisions, ["proj_out"], "bfloat16", "diffusers")
+    with pytest.warns(FutureWarning, match="deprecated"):
+        config = peer("diffusers").QuantoConfig(form, modules_to_not_convert=["proj_out"])
+    assert ours.section == json.loads(json.dumps(config.to_dict()))
+    assert not ours.texts
+    ours = model_config.host_config(decisions, [], "bfloat16", "transformers")
+    assert ours.section == json.loads(json.dumps(peer("transformers").QuantoConfig(form).to_dict()))
+    (text,) = ours.texts.values()
+    assert json.loads(text) == {"a": {"weights": f"q{'int8' if form == 'int8' else 'float8'}", "activations": "none"}}
+
+
 def test_no_section_without_packed_weights():
     assert model_config.host_config([Decision(weight(), "copy", "kept")], [], "bfloat16") is None
 
@@ -92,7 +116,7 @@ def test_local_paths_do_not_get_out(name, stays):
     assert ("_name_or_path" in json.loads(text)) is stays
 
 
-@pytest.mark.parametrize("method", ["gptq", "fp8", "torchao", "quanto", "compressed-tensors", None])
+@pytest.mark.parametrize("method", ["gptq", "fp8", "compressed-tensors", None])
 def test_sources_packed_by_others_are_refused(method):
     with pytest.raises(UnsupportedError, match=f'packed by "{method}"'):
         model_config.source_method({"quantization_config": {"quant_method": method}})

@@ -25,8 +25,8 @@ from .folder import STEMS, Model, carried_files, find_models, is_pipeline
 from .gguf_target import GgufModel, GgufOptions
 from .host_target import HostModel
 from .importance import open_importance
-from .layers import Layers, find_layers
-from .packings.table import HostConfig, backend_of
+from .layers import Layers, find_layers, host_of
+from .packings.table import BACKENDS, HostConfig, backend_of, packing, unrecognised
 from .report import ConvertReport, finished_report, planned_report
 from .sizes import parse_size
 from .targets import CASTS, FormatInfo, find_format
@@ -142,8 +142,8 @@ def convert(
     container, kind = _container(dst, options.to, is_pipeline(src))
 
     opened = [Checkpoint(model.weights, [replace(model, component="")]) for model in chosen]
-    for model in chosen:
-        model_config.source_method(model.config)
+    for model, checkpoint in zip(chosen, opened, strict=True):
+        _check_source(model, checkpoint)
     hosts = _hosts(opened, container, names)
     tables = [host.entries for host in hosts]
     known = _layers(chosen, tables, options, container, layers)
@@ -155,7 +155,7 @@ def convert(
     _check_packed(options.to, decided)
 
     sources = [native_checkpoint(checkpoint) for checkpoint in opened]
-    told = [_told(one, options) for one in decided]
+    told = [_told(model, one, options) for model, one in zip(chosen, decided, strict=True)]
     outputs = [
         _output(number, model, opened[number], decided[number], options, container, kind, target, host, sources)
         for number, (model, target, host) in enumerate(zip(chosen, targets, hosts, strict=True))
@@ -280,6 +280,23 @@ def _check_place(src: Path, dst: Path) -> None:
         raise ConfigError(f'destination "{dst}" lies inside the source', hint="choose a folder beside it")
     if destination in source.parents:
         raise ConfigError(f'source "{src}" lies inside the destination', hint="choose a folder beside it")
+
+
+def _check_source(model: Model, checkpoint: Checkpoint) -> None:
+    """Raises `UnsupportedError` for a source whose config or metadata says that it is packed in a way that is
+    not understood: its arrays mean nothing by themselves."""
+    method = model_config.source_method(model.config)
+    left = unrecognised(checkpoint)
+    for backend in left if method is None else left.keys() & {method}:
+        described = method == backend or any(
+            packing(backend).describes(key, str(value)) for key, value in checkpoint.metadata.items()
+        )
+        if described:
+            raise UnsupportedError(
+                f'the source is packed by "{backend}" in a format that is not decoded by this version '
+                f'(tensor "{left[backend][0]}")',
+                hint="convert the model it was made from",
+            )
 
 
 def _container(dst: Path, to: FormatInfo, of_pipeline: bool) -> tuple[str, str]:
@@ -495,7 +512,9 @@ def _text_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         key: value
         for key, value in checkpoint.metadata.items()
-        if isinstance(value, str) and not key.startswith("weightpack.")
+        if isinstance(value, str)
+        and not key.startswith("weightpack.")
+        and not any(packing(backend).describes(key, value) for backend in BACKENDS)
     }
 
 
@@ -513,10 +532,10 @@ def _stem(model: Model) -> str:
     return "diffusion_pytorch_model" if is_diffusers else "model"
 
 
-def _told(decided: Decisions, options: _Options) -> HostConfig | None:
+def _told(model: Model, decided: Decisions, options: _Options) -> HostConfig | None:
     """What hosts are told of the packed weights of one model."""
     compute = model_config.compute_dtype(options.compute_dtype, (d.entry for d in decided.tensors))
-    return model_config.host_config(decided.tensors, decided.skip_list, compute)
+    return model_config.host_config(decided.tensors, decided.skip_list, compute, host_of(model.config))
 
 
 def _files(

@@ -112,8 +112,8 @@ def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
         return keep(entry, target, f"stored as {entry.dtype}, which is not decoded")
     if entry.weights == 0:
         return keep(entry, target, "empty")
-    params = params_for(name, target)
-    if entry.format == name and not any(params.values()):
+    params = params_for(entry, name, target)
+    if entry.format == name and not any(target.params.get(option) for option in params):
         return Decision(entry, COPY, f"{why}, packed already")
     reason = target.fits(name, entry.shape, params)
     if reason is not None:
@@ -121,9 +121,14 @@ def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
     return Decision(entry, name, why if entry.is_plain else f"{why}, decoded from {entry.format}", params)
 
 
-def params_for(name: str, target: Target) -> Mapping[str, Any]:
-    """The options that format `name` takes."""
-    return target.params if name in _FOUR_BIT else {}
+def params_for(entry: Entry, name: str, target: Target) -> Mapping[str, Any]:
+    """The options that format `name` takes for a tensor. One without a type of its own (GGUF blocks) is
+    packed as if it had that of plain tensors."""
+    if name in _FOUR_BIT:
+        return target.params
+    if name.startswith("gguf:") or entry.dtype in FLOATS:
+        return {}
+    return {"dtype": target.plain.upper()}
 
 
 def as_float(entry: Entry, name: str, why: str) -> Decision:

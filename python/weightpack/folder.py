@@ -26,6 +26,7 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 _INDEX = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-(?P<count>\d{5,})\.(safetensors|gguf)$")
+_WRITTEN_ANEW = frozenset({CONFIG, "quanto_qmap.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".npz", ".gguf", ".pdparams")
 _LEFT_OUT_FILES = re.compile(r"^(training_args\.bin|optimizer.*|scheduler\.pt|rng_state.*|.*\.index(\..+)?\.json)$")
@@ -112,10 +113,10 @@ def carried_files(
     """Files of a model folder that go into the result unchanged, and those left out.
 
     The weights of the model in every form (also as pickles, for other frameworks, or of training)
-    are left out, and so is `config.json`, which is written anew. With `whole`, the folder is a
-    component that is not converted: its weights are carried over too. With `only_files`, folders
-    inside are not looked at. `prefix` goes in front of each path in the result. A link is followed
-    to its file; a link to anything else is refused.
+    are left out, and so are `config.json` and what else tells how weights are packed, which is
+    written anew. With `whole`, the folder is a component that is not converted: its weights are
+    carried over too. With `only_files`, folders inside are not looked at. `prefix` goes in front of
+    each path in the result. A link is followed to its file; a link to anything else is refused.
     """
     carried: list[Carried] = []
     left_out: list[str] = []
@@ -125,8 +126,8 @@ def carried_files(
         # A link in a download cache leads to a file with a hash for a name.
         name = relative.rpartition("/")[2]
         at_top = "/" not in relative
-        if at_top and not whole and (name == CONFIG or _is_weights(name)):
-            if name != CONFIG:
+        if at_top and not whole and (name in _WRITTEN_ANEW or _is_weights(name)):
+            if name not in _WRITTEN_ANEW:
                 left_out.append(prefix + relative)
             continue
         if whole and at_top and has_safetensors and name.endswith(_PICKLES):

@@ -50,8 +50,9 @@ def quantize(
 
     Gives the stored arrays by component, `""` being the main one, under the names they have in a
     file: for `nf4` `""`, `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, and with
-    `double_quant` also `nested_absmax` and `nested_quant_map`; for `int8` `""`, `SCB`,
-    `weight_format`. GGUF types give uint8 rows of whole blocks.
+    `double_quant` also `nested_absmax` and `nested_quant_map`; for `bitsandbytes:int8` `""`, `SCB`,
+    `weight_format`; for torchao `qdata`, `scale` and, of integers, `zero_point`; for quanto `_data`, `_scale`,
+    `input_scale`, `output_scale`. GGUF types give uint8 rows of whole blocks.
 
     Raises `FormatError` for an array that the format cannot take, `ConfigError` for parameters it
     does not have, `UnsupportedError` for a format that does not exist.
@@ -110,7 +111,7 @@ def dequantize(
     """Decodes what `quantize` gives, or what a file holds, rounding each weight once to `dtype`.
 
     `components` maps component names to arrays, as `quantize` returns them; an array alone is the
-    main component. `shape` is only needed where it cannot be told: for `nf4` and `fp4` without
+    first component. `shape` is only needed where it cannot be told: for `nf4` and `fp4` without
     their `quant_state`, which otherwise also gives `block_size`, `double_quant` and
     `nested_offset`. `dtype` is float32 (the default), float16, bfloat16 or float64; `out`, a
     contiguous array of the right shape, is filled instead of a new array and gives the dtype.
@@ -124,12 +125,15 @@ def dequantize(
     >>> float(abs(decoded - weights).max()) < 0.005
     True
     """
+    first = _main_of_256(format)["suffix"]
     if not isinstance(components, Mapping):
-        components = {"": components}
-    if "" not in components:
-        raise FormatError(f'{format}: the main component "" is missing')
-    main = _arrays.view(components[""])
+        components = {first: components}
+    if first not in components:
+        raise FormatError(f'{format}: the main component "{first}" is missing')
+    main = _arrays.view(components[first])
     params: dict[str, Any] = {"block_size": block_size, "double_quant": bool(double_quant)}
+    if _TYPED in components:
+        params["dtype"] = _arrays.view_floats(components[_TYPED]).dtype
     if nested_offset is not None:
         params["nested_offset"] = nested_offset
     for name in components:
@@ -163,8 +167,10 @@ def dequantize(
     return wanted.array if out is None else out
 
 
-_TABLES = ("quant_map", "nested_quant_map", "weight_format")
+_TABLES = ("quant_map", "nested_quant_map", "weight_format", "input_scale", "output_scale")
 """Components that decoding does not look at."""
+_TYPED = "_scale"
+"""The component that has the type of the weights."""
 
 
 def pack_int4(codes: Any, order: str = "low_first") -> Any:

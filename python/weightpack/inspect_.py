@@ -10,12 +10,11 @@ from . import model_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .entry import FLOATS, Entry
 from .errors import UnsupportedError
+from .packings.table import backend_of, unrecognised
 from .report import CheckpointInfo, FileReport, TensorInfo
 from .rules import GGUF_LONGEST_NAME
 
 __all__ = ["CheckpointInfo", "inspect"]
-
-_STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
@@ -73,7 +72,7 @@ def _problems(checkpoint: Checkpoint, entries: list[Entry]) -> tuple[str | None,
         label = f"{model.component}: " if model.component else ""
         prefix = f"{model.component}/" if model.component else ""
         own = [entry for entry in entries if entry.name.startswith(prefix)]
-        packed = any((entry.format or "").startswith("bitsandbytes:") for entry in own)
+        packed = sorted({backend for e in own if e.format and (backend := backend_of(e.format)) is not None})
         try:
             method = model_config.source_method(model.config)
         except UnsupportedError as error:
@@ -82,14 +81,13 @@ def _problems(checkpoint: Checkpoint, entries: list[Entry]) -> tuple[str | None,
             continue
         if method is not None:
             methods.append(method)
-        if packed and method is None and model.config is not None:
-            problems.append(f"{label}weights are packed by bitsandbytes, and config.json does not say so")
-        if method is not None and not packed:
-            problems.append(f"{label}config.json says bitsandbytes, and no weight is packed")
+        if packed and method not in packed and model.config is not None:
+            problems.append(f"{label}weights are packed by {packed[0]}, and config.json does not say so")
+        if method is not None and method not in packed and not unrecognised(e.name for e in own).get(method):
+            problems.append(f"{label}config.json says {method}, and no weight is packed")
 
-    orphans = [e.name for e in entries if e.name.endswith(_STATISTICS) or ".quant_state.bitsandbytes__" in e.name]
-    if orphans:
-        problems.append(f"{_count(orphans, 'array')} of bitsandbytes without a packed weight: {orphans[0]}")
+    for backend, orphans in unrecognised(entry.name for entry in entries).items():
+        problems.append(f"{_count(orphans, 'array')} of {backend} without a packed weight: {orphans[0]}")
     unknown = [e.name for e in entries if e.format is None and (not e.is_plain or e.dtype.startswith("type "))]
     if unknown:
         problems.append(f"{_count(unknown, 'tensor')} of a type that is not decoded: {unknown[0]}")

@@ -15,7 +15,7 @@ from typing import Any
 from .decision import Decision
 from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
-from .packings.table import HostConfig, backend_of, backend_of_method, packing
+from .packings.table import HostConfig, backend_of, backend_of_method, packed_of, packing
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}
@@ -66,12 +66,15 @@ def compute_dtype(choice: str | None, entries: Iterable[Entry]) -> str:
     return COMPUTE_DTYPES.get(main_dtype(entries) or "bf16", "bfloat16")
 
 
-def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig | None:
-    """What tells a host how the weights are packed, or `None` where none is."""
-    packed = [decision for decision in decisions if backend_of(decision.result) is not None]
+def host_config(
+    decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None = None
+) -> HostConfig | None:
+    """What tells a host how the weights are packed, or `None` where none is. `host` is "transformers" or
+    "diffusers", `None` where either may read the model."""
+    packed = packed_of(decisions)
     if not packed:
         return None
-    return packing(str(backend_of(packed[0].result))).host_config(packed, skip_list, compute)
+    return packing(str(backend_of(packed[0].result))).host_config(decisions, skip_list, compute, host)
 
 
 def quantization_section(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

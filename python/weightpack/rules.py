@@ -3,7 +3,7 @@
 Patterns and recipes come first (see `weightpack.overrides`); where they are silent, the target
 decides:
 
-- Formats of **bitsandbytes** and the like (`weightpack.packings`) pack the weights of linear layers (see
+- Formats of **bitsandbytes**, **torchao** and **quanto** (`weightpack.packings`) pack the weights of linear layers (see
   `weightpack.layers`); everything else is copied as it is stored.
 - **GGUF** types and recipes pack every matrix that multiplies (two-dimensional weights, embeddings
   and output layer included, and stacks of experts); see `weightpack.gguf_rules`.
@@ -134,7 +134,7 @@ def _assigned(entry: Entry, target: Target, rule: Rule, layers: Layers) -> Decis
                 f'{rule.origin}: {layers.host} cannot load tensor "{entry.name}" packed: {why}',
                 hint="write a pattern that leaves it out",
             )
-    reason = target.fits(name, entry.shape, params_for(name, target))
+    reason = target.fits(name, entry.shape, params_for(entry, name, target))
     if reason is not None:
         raise ConfigError(f'{rule.origin}: tensor "{entry.name}": {reason}')
     if backend == "gguf":

@@ -40,6 +40,12 @@ mod iq_neighbours;
 #[doc(hidden)]
 pub mod mx;
 mod plain;
+#[doc(hidden)]
+pub mod quanto;
+#[doc(hidden)]
+pub mod rows8;
+#[doc(hidden)]
+pub mod torchao;
 mod validity;
 
 use std::borrow::Cow;
@@ -457,6 +463,10 @@ pub static FORMATS: &[&dyn Format] = &[
     &bnb4::NF4,
     &bnb4::FP4,
     &bnb8::INT8,
+    &torchao::INT8,
+    &torchao::FLOAT8,
+    &quanto::INT8,
+    &quanto::FLOAT8,
     &ggml_basic::Q4_0_FORMAT,
     &ggml_basic::Q4_1_FORMAT,
     &ggml_basic::Q5_0_FORMAT,

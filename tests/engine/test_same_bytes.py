@@ -13,7 +13,18 @@ from weightpack import _rust
 
 from .conftest import digest, normal
 
-FORMATS = ["bitsandbytes:nf4", "bitsandbytes:fp4", "bitsandbytes:int8", "gguf:q4_0", "gguf:q8_0", "f16"]
+FORMATS = [
+    "bitsandbytes:nf4",
+    "bitsandbytes:fp4",
+    "bitsandbytes:int8",
+    "torchao:int8",
+    "torchao:float8",
+    "quanto:int8",
+    "quanto:float8",
+    "gguf:q4_0",
+    "gguf:q8_0",
+    "f16",
+]
 
 
 def tensors(columns: int) -> dict[str, np.ndarray]:

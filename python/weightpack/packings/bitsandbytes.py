@@ -6,19 +6,20 @@ The section has the keys and values that transformers 5.23 and diffusers 0.42.1 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..decision import Decision, Target
 from ..entry import FLOATS
 from ..errors import ConfigError, UnsupportedError
 from ..skip_list import settle
-from .table import HostConfig
+from .table import HostConfig, packed_of
 
-__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 _INT8 = "bitsandbytes:int8"
+_STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
@@ -41,8 +42,9 @@ def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
     return settled
 
 
-def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
-    """The section; nothing else is needed."""
+def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:
+    """The section, the same for all hosts; nothing else is needed."""
+    packed = packed_of(decisions)
     is_int8 = packed[0].result == _INT8
     kinds = Counter(d.result.partition(":")[2] for d in packed)
     double = any(d.params.get("double_quant") or _is_double_quantized(d) for d in packed)
@@ -62,6 +64,16 @@ def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: s
         "quant_method": "bitsandbytes",
     }
     return HostConfig(section)
+
+
+def leftovers(names: Iterable[str]) -> list[str]:
+    """Statistics without their weight."""
+    return [name for name in names if name.endswith(_STATISTICS) or ".quant_state.bitsandbytes__" in name]
+
+
+def describes(key: str, value: str) -> bool:
+    """Nothing is told by metadata."""
+    return False
 
 
 def _is_double_quantized(decision: Decision) -> bool:

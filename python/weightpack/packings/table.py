@@ -6,13 +6,15 @@ written beside the weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol, cast
 
 from ..decision import Decision, Target
+from ..entry import FLOATS
+from ..errors import ConfigError, UnsupportedError
 
-BACKENDS = ("bitsandbytes",)
+BACKENDS = ("bitsandbytes", "torchao", "quanto")
 """Backends whose formats pack linear layers. Each has a module of its name here."""
 
 
@@ -48,9 +50,19 @@ class Packing(Protocol):
         """The skip list, and the packed layers that must be left unpacked because of how `host` reads it; see
         `weightpack.skip_list.settle`."""
 
-    def host_config(self, packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
-        """What hosts are told of `packed`, which is not empty. `compute` is the type that layers compute in
-        ("bfloat16"), `skip_list` the modules left unpacked."""
+    def host_config(
+        self, decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None
+    ) -> HostConfig:
+        """What `host` is told of a model; at least one tensor of `decisions`, which are all of them, is packed.
+        `compute` is the type that layers compute in ("bfloat16"), `skip_list` the modules left unpacked,
+        `host` is as in `settle`."""
+
+    def leftovers(self, names: Iterable[str]) -> list[str]:
+        """Those of the tensors of a checkpoint that can only be arrays of a packed weight which was not
+        recognised as one."""
+
+    def describes(self, key: str, value: str) -> bool:
+        """Whether a pair of a safetensors file's metadata speaks of weights packed this way."""
 
 
 def backend_of(format_name: str) -> str | None:
@@ -62,6 +74,36 @@ def backend_of(format_name: str) -> str | None:
 def packing(backend: str) -> Packing:
     """The module of a backend of `BACKENDS`."""
     return cast(Packing, import_module(f"{__package__}.{backend}"))
+
+
+def packed_of(decisions: Iterable[Decision]) -> list[Decision]:
+    """Those that are packed linear layers in the result."""
+    return [decision for decision in decisions if backend_of(decision.result) is not None]
+
+
+def one_format(decisions: list[Decision], target: Target, backend: str) -> list[Decision]:
+    """`Packing.one_kind` for a backend of which one config describes one format. What was packed before in
+    another one than is asked for is decoded."""
+    asked = sorted({d.result for d in decisions if backend_of(d.format) == backend})
+    held = asked or sorted({d.result for d in decisions if backend_of(d.result) == backend})
+    if len(asked) > 1:
+        raise ConfigError(f"a {backend} checkpoint holds weights of one format, and {' and '.join(asked)} are assigned")
+    if len(held) > 1:
+        raise UnsupportedError(f"the checkpoint holds {' and '.join(held)} weights at once, which no host loads")
+    settled = []
+    for decision in decisions:
+        if backend_of(decision.result) == backend and decision.result not in held:
+            plain = FLOATS.get(decision.entry.dtype, target.plain)
+            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
+        settled.append(decision)
+    return settled
+
+
+def unrecognised(names: Iterable[str]) -> dict[str, list[str]]:
+    """By backend, the tensors of a checkpoint that are parts of packed weights which are not decoded."""
+    names = list(names)
+    found = {backend: packing(backend).leftovers(names) for backend in BACKENDS}
+    return {backend: left for backend, left in found.items() if left}
 
 
 def backend_of_method(method: str) -> str | None:

@@ -4,6 +4,8 @@
 //! `config.json` says; [`PACKINGS`] is their list. A weight is claimed by the first that finds it.
 
 mod bitsandbytes;
+mod quanto;
+mod torchao;
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -48,7 +50,7 @@ pub struct Recognised {
 type Find = fn(&Sources<'_>) -> Result<Vec<Recognised>>;
 
 /// Every packing.
-const PACKINGS: &[Find] = &[bitsandbytes::find];
+const PACKINGS: &[Find] = &[bitsandbytes::find, torchao::find, quanto::find];
 
 /// Every packed weight of a checkpoint.
 pub fn packed_tensors(

@@ -1,0 +1,235 @@
+//! One byte per weight and one scale per row: the arithmetic that torchao and quanto share.
+//!
+//! A row is encoded from the quotients of its weights and its scale. Where a library divides in the
+//! type of the weights, each quotient is rounded to that type; as none of the quotients that decide
+//! a code is subnormal there, that is dropping bits of the fraction.
+//!
+//! E4M3 (no infinity, 448 is the largest): sign, 4 bits of exponent with bias 7, 3 bits of fraction.
+//! Conversion is to nearest, ties to even; magnitudes beyond 448 become 448.
+//!
+//! The loops have no branches and no calls, so that the compiler makes vectors of them.
+
+use half::{bf16, f16};
+
+use crate::dtype::Dtype;
+
+/// Largest number of E4M3.
+pub const LARGEST_E4M3: f32 = 448.0;
+
+/// 1.5·2²³: added to a number of magnitude below 2²², it rounds that to a whole number, ties to even,
+/// whose last bits are then those of the sum.
+const TO_WHOLE: f32 = 12_582_912.0;
+
+/// 2¹⁴, whose steps are those of the subnormal numbers of E4M3.
+const TO_E4M3_STEPS: f32 = 16_384.0;
+/// Smallest normal number of E4M3.
+const SMALLEST_E4M3: f32 = 0.015_625;
+
+/// The type that a library computes in for weights that decode to `dtype`: that one, or F32 for those
+/// that it has no kernels for.
+pub fn compute_type(dtype: Dtype) -> Dtype {
+    match dtype {
+        Dtype::F16 | Dtype::BF16 => dtype,
+        _ => Dtype::F32,
+    }
+}
+
+/// `value` rounded to `dtype` (F32, F16 or BF16).
+pub fn round_to(dtype: Dtype, value: f32) -> f32 {
+    match dtype {
+        Dtype::F16 => f16::from_f32(value).to_f32(),
+        Dtype::BF16 => bf16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
+/// Largest magnitude of finite weights.
+pub fn largest(weights: &[f32]) -> f32 {
+    // Bits of magnitudes are positive as signed numbers, and ordered as the magnitudes are.
+    let most = weights.iter().fold(0i32, |most, weight| {
+        most.max((weight.to_bits() & 0x7fff_ffff).cast_signed())
+    });
+    f32::from_bits(most.cast_unsigned())
+}
+
+/// Bytes of the whole numbers nearest to `weight·inverse`, limited to −128 … 127.
+pub fn encode_int8_by_product(weights: &[f32], inverse: f32, codes: &mut [u8]) {
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        *code = nearest_int8(weight * inverse);
+    }
+}
+
+/// Bytes of the whole numbers nearest to `weight/scale`, the quotient rounded to `dtype`.
+pub fn encode_int8_by_quotient(dtype: Dtype, weights: &[f32], scale: f32, codes: &mut [u8]) {
+    match dtype {
+        Dtype::F16 => quotients::<13>(weights, scale, codes, nearest_int8),
+        Dtype::BF16 => quotients::<16>(weights, scale, codes, nearest_int8),
+        _ => quotients::<0>(weights, scale, codes, nearest_int8),
+    }
+}
+
+/// The E4M3 numbers nearest to `weight/scale`, the quotient rounded to `dtype`.
+pub fn encode_e4m3_by_quotient(dtype: Dtype, weights: &[f32], scale: f32, codes: &mut [u8]) {
+    match dtype {
+        Dtype::F16 => quotients::<13>(weights, scale, codes, nearest_e4m3),
+        Dtype::BF16 => quotients::<16>(weights, scale, codes, nearest_e4m3),
+        _ => quotients::<0>(weights, scale, codes, nearest_e4m3),
+    }
+}
+
+#[inline(always)]
+fn quotients<const DROPPED: u32>(
+    weights: &[f32],
+    scale: f32,
+    codes: &mut [u8],
+    nearest: impl Fn(f32) -> u8,
+) {
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        *code = nearest(shortened::<DROPPED>(weight / scale));
+    }
+}
+
+/// `value` with `DROPPED` bits less in its fraction, to nearest, ties to even.
+#[inline(always)]
+fn shortened<const DROPPED: u32>(value: f32) -> f32 {
+    if DROPPED == 0 {
+        return value;
+    }
+    let bits = value.to_bits();
+    let half = (1u32 << (DROPPED - 1)) - 1;
+    let rounded = bits.wrapping_add(half + (bits >> DROPPED & 1));
+    f32::from_bits(rounded & !((1 << DROPPED) - 1))
+}
+
+#[inline(always)]
+fn nearest_int8(value: f32) -> u8 {
+    let limited = value.clamp(-128.0, 127.0);
+    (limited + TO_WHOLE).to_bits() as u8
+}
+
+#[inline(always)]
+fn nearest_e4m3(value: f32) -> u8 {
+    let bits = value.to_bits();
+    let sign = (bits >> 24) & 0x80;
+    let magnitude = f32::from_bits(bits & 0x7fff_ffff).min(LARGEST_E4M3);
+    // A carry out of the fraction is one more in the exponent, as it should be.
+    let bits = magnitude.to_bits();
+    let normal =
+        (bits.wrapping_add(0x7_ffff + (bits >> 20 & 1)) >> 20).wrapping_sub((127 - 7) << 3);
+    let subnormal = (magnitude + TO_E4M3_STEPS).to_bits() - TO_E4M3_STEPS.to_bits();
+    let code = if magnitude < SMALLEST_E4M3 {
+        subnormal
+    } else {
+        normal
+    };
+    (sign | code) as u8
+}
+
+/// The number of an E4M3 code; NaN for 0x7f and 0xff.
+#[inline(always)]
+fn e4m3(code: u8) -> f32 {
+    let sign = u32::from(code & 0x80) << 24;
+    let rest = u32::from(code & 0x7f);
+    // With the bits in place the exponent is 120 too small, for subnormal numbers as well.
+    let value = f32::from_bits(rest << 20) * f32::from_bits((127 + 120) << 23);
+    let bits = if rest == 0x7f {
+        0x7fc0_0000
+    } else {
+        value.to_bits()
+    };
+    f32::from_bits(bits | sign)
+}
+
+/// Weights of signed bytes: (code − zero)·scale.
+pub fn decode_int8(codes: &[u8], zero: i8, scale: f32, weights: &mut [f32]) {
+    let zero = f32::from(zero);
+    for (weight, &code) in weights.iter_mut().zip(codes) {
+        *weight = (f32::from(code.cast_signed()) - zero) * scale;
+    }
+}
+
+/// Weights of E4M3 codes: code·scale.
+pub fn decode_e4m3(codes: &[u8], scale: f32, weights: &mut [f32]) {
+    for (weight, &code) in weights.iter_mut().zip(codes) {
+        *weight = e4m3(code) * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The value of a code, from the definition.
+    fn value(code: u8) -> f64 {
+        let (exponent, fraction) = (i32::from(code >> 3 & 15), f64::from(code & 7));
+        let magnitude = match exponent {
+            0 => fraction * 2f64.powi(-9),
+            _ => (1.0 + fraction / 8.0) * 2f64.powi(exponent - 7),
+        };
+        if code & 0x80 == 0 {
+            magnitude
+        } else {
+            -magnitude
+        }
+    }
+
+    fn encode(value: f32) -> u8 {
+        let mut code = [0];
+        encode_e4m3_by_quotient(Dtype::F32, &[value], 1.0, &mut code);
+        code[0]
+    }
+
+    #[test]
+    fn every_code_survives_the_round_trip() {
+        for code in 0..=u8::MAX {
+            let mut weight = [0.0];
+            decode_e4m3(&[code], 1.0, &mut weight);
+            if code & 0x7f == 0x7f {
+                assert!(weight[0].is_nan());
+            } else {
+                assert_eq!(f64::from(weight[0]), value(code));
+                assert_eq!(encode(weight[0]), code);
+            }
+        }
+    }
+
+    #[test]
+    fn ties_go_to_even_and_large_numbers_to_448() {
+        for code in 0..0x7eu8 {
+            let tie = ((value(code) + value(code + 1)) / 2.0) as f32;
+            assert_eq!(encode(tie), code + (code & 1), "{tie}");
+            assert_eq!(encode(tie.next_down()), code, "{tie}");
+            assert_eq!(encode(tie.next_up()), code + 1, "{tie}");
+            assert_eq!(encode(-tie), 0x80 | (code + (code & 1)), "-{tie}");
+        }
+        assert_eq!(encode(1e30), 0x7e);
+        assert_eq!(encode(f32::NEG_INFINITY), 0xfe);
+    }
+
+    proptest! {
+        #[test]
+        fn whole_numbers_are_the_nearest(x in -300f32..300.0, halves in -300i32..300) {
+            for x in [x, halves as f32 / 2.0] {
+                let expected = x.round_ties_even().clamp(-128.0, 127.0) as i8;
+                prop_assert_eq!(nearest_int8(x).cast_signed(), expected);
+            }
+        }
+
+        #[test]
+        fn quotients_are_those_of_the_type(bits in any::<u32>()) {
+            let x = f32::from_bits(bits);
+            prop_assume!(x.is_finite());
+            prop_assert_eq!(shortened::<16>(x).to_bits(), bf16::from_f32(x).to_f32().to_bits());
+            if (6.2e-5..65000.0).contains(&x.abs()) {
+                prop_assert_eq!(shortened::<13>(x), f16::from_f32(x).to_f32());
+            }
+        }
+
+        #[test]
+        fn the_largest_is_the_largest(weights in prop::collection::vec(-1e30f32..1e30, 0..70)) {
+            let expected = weights.iter().fold(0f32, |most, x| most.max(x.abs()));
+            prop_assert_eq!(largest(&weights), expected);
+        }
+    }
+}
