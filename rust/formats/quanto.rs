@@ -24,24 +24,19 @@
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint8`, `qfloat8`, axis 0). Its int4 and int2 store two or four
 //! rows that are far apart in one byte, and are not encoded here.
 
+use super::rows8::{self, Codes, Scaling};
 use super::{
-    rows8, Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut,
-    Span,
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::kernels::{self, Level};
 use crate::{float, shape};
 
 /// One of the two formats.
 pub struct Quanto {
     info: Info,
     codes: Codes,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Codes {
-    Int8,
-    E4m3,
 }
 
 pub static INT8: Quanto = Quanto::new("quanto:int8", Codes::Int8);
@@ -155,7 +150,7 @@ impl Format for Quanto {
             .zip(codes.chunks_exact_mut(row_weights))
             .zip(scales.chunks_exact_mut(scale_bytes));
         for ((weights, codes), place) in rows {
-            let scale = self.encode_row(dtype, weights, codes);
+            let scale = encode_row(kernels::level(), self.codes, dtype, weights, codes);
             float::narrow(dtype, &[scale], place)?;
         }
         Ok(())
@@ -179,10 +174,7 @@ impl Format for Quanto {
         for ((weights, codes), place) in rows {
             let mut scale = [0.0];
             float::widen(dtype, place, &mut scale, false)?;
-            match self.codes {
-                Codes::Int8 => rows8::decode_int8(codes, 0, scale[0], weights),
-                Codes::E4m3 => rows8::decode_e4m3(codes, scale[0], weights),
-            }
+            rows8::decode(kernels::level(), self.codes, 0, scale[0], codes, weights);
         }
         Ok(())
     }
@@ -195,39 +187,41 @@ impl Format for Quanto {
     }
 }
 
-impl Quanto {
-    /// Encodes one row of weights of type `dtype` and gives its scale.
-    pub fn encode_row(&self, dtype: Dtype, weights: &[f32], codes: &mut [u8]) -> f32 {
-        let most = match self.codes {
-            Codes::Int8 => 127.0,
-            Codes::E4m3 => rows8::LARGEST_E4M3,
-        };
-        let scale = rows8::round_to(dtype, rows8::largest(weights) / most);
-        if scale == 0.0 {
-            for (code, &weight) in codes.iter_mut().zip(weights) {
-                *code = self.code_without_scale(weight);
-            }
-            return scale;
+/// Encodes one row of weights of type `dtype` and gives its scale.
+pub fn encode_row(
+    level: Level,
+    kind: Codes,
+    dtype: Dtype,
+    weights: &[f32],
+    codes: &mut [u8],
+) -> f32 {
+    let most = match kind {
+        Codes::Int8 => 127.0,
+        Codes::E4m3 => rows8::LARGEST_E4M3,
+    };
+    let scale = rows8::round_to(dtype, rows8::largest(level, weights) / most);
+    if scale == 0.0 {
+        for (code, &weight) in codes.iter_mut().zip(weights) {
+            *code = code_without_scale(kind, weight);
         }
-        match self.codes {
-            Codes::Int8 => rows8::encode_int8_by_quotient(dtype, weights, scale, codes),
-            Codes::E4m3 => rows8::encode_e4m3_by_quotient(dtype, weights, scale, codes),
-        }
-        scale
+    } else {
+        let scaling = Scaling::Quotient(dtype);
+        rows8::encode(level, kind, scaling, scale, weights, codes);
     }
+    scale
+}
 
-    /// The code of `weight/0`, limited; 0 for zeros.
-    fn code_without_scale(&self, weight: f32) -> u8 {
-        let (positive, negative) = match self.codes {
-            Codes::Int8 => (0x7f, 0x80),
-            Codes::E4m3 => (0x7e, 0xfe),
-        };
-        if weight > 0.0 {
-            positive
-        } else if weight < 0.0 {
-            negative
-        } else {
-            0
-        }
+/// The code of `weight/0`, limited; 0 for zeros.
+fn code_without_scale(kind: Codes, weight: f32) -> u8 {
+    let (positive, negative) = match kind {
+        Codes::Int8 => (0x7f, 0x80),
+        Codes::E4m3 => (0x7e, 0xfe),
+    };
+    if weight > 0.0 {
+        positive
+    } else if weight < 0.0 {
+        negative
+    } else {
+        0
     }
 }

@@ -7,11 +7,31 @@
 //! E4M3 (no infinity, 448 is the largest): sign, 4 bits of exponent with bias 7, 3 bits of fraction.
 //! Conversion is to nearest, ties to even; magnitudes beyond 448 become 448.
 //!
-//! The loops have no branches and no calls, so that the compiler makes vectors of them.
+//! The loops have no branches and no calls, so that the compiler makes vectors of them; `kernels` has
+//! them compiled once more for wider ones. None adds up anything, so that the bits stay the same.
 
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
+use crate::kernels::{self, Level};
+
+/// What a code is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Codes {
+    /// A whole number, −128 … 127.
+    Int8,
+    /// An E4M3 number.
+    E4m3,
+}
+
+/// What a weight is turned into before its code is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scaling {
+    /// `weight·factor`.
+    Product,
+    /// `weight/factor`, rounded to a type.
+    Quotient(Dtype),
+}
 
 /// Largest number of E4M3.
 pub const LARGEST_E4M3: f32 = 448.0;
@@ -44,7 +64,29 @@ pub fn round_to(dtype: Dtype, value: f32) -> f32 {
 }
 
 /// Largest magnitude of finite weights.
-pub fn largest(weights: &[f32]) -> f32 {
+pub fn largest(level: Level, weights: &[f32]) -> f32 {
+    kernels::most_f32(level, weights)
+}
+
+/// Codes of `weights`, each multiplied with or divided by `factor` as `scaling` says.
+pub fn encode(
+    level: Level,
+    kind: Codes,
+    scaling: Scaling,
+    factor: f32,
+    weights: &[f32],
+    codes: &mut [u8],
+) {
+    kernels::encode_row8(level, kind, scaling, factor, weights, codes);
+}
+
+/// Weights of `codes`: (code − zero)·scale. E4M3 has no zero.
+pub fn decode(level: Level, kind: Codes, zero: i8, scale: f32, codes: &[u8], weights: &mut [f32]) {
+    kernels::decode_row8(level, kind, zero, scale, codes, weights);
+}
+
+#[inline(always)]
+pub(crate) fn largest_body(weights: &[f32]) -> f32 {
     // Bits of magnitudes are positive as signed numbers, and ordered as the magnitudes are.
     let most = weights.iter().fold(0i32, |most, weight| {
         most.max((weight.to_bits() & 0x7fff_ffff).cast_signed())
@@ -52,40 +94,69 @@ pub fn largest(weights: &[f32]) -> f32 {
     f32::from_bits(most.cast_unsigned())
 }
 
-/// Bytes of the whole numbers nearest to `weight·inverse`, limited to −128 … 127.
-pub fn encode_int8_by_product(weights: &[f32], inverse: f32, codes: &mut [u8]) {
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        *code = nearest_int8(weight * inverse);
-    }
-}
-
-/// Bytes of the whole numbers nearest to `weight/scale`, the quotient rounded to `dtype`.
-pub fn encode_int8_by_quotient(dtype: Dtype, weights: &[f32], scale: f32, codes: &mut [u8]) {
-    match dtype {
-        Dtype::F16 => quotients::<13>(weights, scale, codes, nearest_int8),
-        Dtype::BF16 => quotients::<16>(weights, scale, codes, nearest_int8),
-        _ => quotients::<0>(weights, scale, codes, nearest_int8),
-    }
-}
-
-/// The E4M3 numbers nearest to `weight/scale`, the quotient rounded to `dtype`.
-pub fn encode_e4m3_by_quotient(dtype: Dtype, weights: &[f32], scale: f32, codes: &mut [u8]) {
-    match dtype {
-        Dtype::F16 => quotients::<13>(weights, scale, codes, nearest_e4m3),
-        Dtype::BF16 => quotients::<16>(weights, scale, codes, nearest_e4m3),
-        _ => quotients::<0>(weights, scale, codes, nearest_e4m3),
+#[inline(always)]
+pub(crate) fn encode_body(
+    kind: Codes,
+    scaling: Scaling,
+    factor: f32,
+    weights: &[f32],
+    codes: &mut [u8],
+) {
+    match kind {
+        Codes::Int8 => scaled(scaling, factor, weights, codes, nearest_int8),
+        Codes::E4m3 => scaled(scaling, factor, weights, codes, nearest_e4m3),
     }
 }
 
 #[inline(always)]
-fn quotients<const DROPPED: u32>(
+fn scaled(
+    scaling: Scaling,
+    factor: f32,
     weights: &[f32],
-    scale: f32,
     codes: &mut [u8],
     nearest: impl Fn(f32) -> u8,
 ) {
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        *code = nearest(shortened::<DROPPED>(weight / scale));
+    match scaling {
+        Scaling::Product => each(weights, codes, |weight| nearest(weight * factor)),
+        Scaling::Quotient(Dtype::F16) => each(weights, codes, |weight| {
+            nearest(shortened::<13>(weight / factor))
+        }),
+        Scaling::Quotient(Dtype::BF16) => each(weights, codes, |weight| {
+            nearest(shortened::<16>(weight / factor))
+        }),
+        Scaling::Quotient(_) => each(weights, codes, |weight| nearest(weight / factor)),
+    }
+}
+
+#[inline(always)]
+fn each(weights: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
+    // Runs of a fixed length, so that bytes are put together from whole vectors.
+    let (runs, rest) = weights.as_chunks::<64>();
+    let (places, last) = codes.as_chunks_mut::<64>();
+    for (weights, places) in runs.iter().zip(places) {
+        for (place, &weight) in places.iter_mut().zip(weights) {
+            *place = code(weight);
+        }
+    }
+    for (place, &weight) in last.iter_mut().zip(rest) {
+        *place = code(weight);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn decode_body(kind: Codes, zero: i8, scale: f32, codes: &[u8], weights: &mut [f32]) {
+    match kind {
+        Codes::Int8 => {
+            let zero = f32::from(zero);
+            for (weight, &code) in weights.iter_mut().zip(codes) {
+                *weight = (f32::from(code.cast_signed()) - zero) * scale;
+            }
+        }
+        Codes::E4m3 => {
+            for (weight, &code) in weights.iter_mut().zip(codes) {
+                *weight = e4m3(code) * scale;
+            }
+        }
     }
 }
 
@@ -140,21 +211,6 @@ fn e4m3(code: u8) -> f32 {
     f32::from_bits(bits | sign)
 }
 
-/// Weights of signed bytes: (code − zero)·scale.
-pub fn decode_int8(codes: &[u8], zero: i8, scale: f32, weights: &mut [f32]) {
-    let zero = f32::from(zero);
-    for (weight, &code) in weights.iter_mut().zip(codes) {
-        *weight = (f32::from(code.cast_signed()) - zero) * scale;
-    }
-}
-
-/// Weights of E4M3 codes: code·scale.
-pub fn decode_e4m3(codes: &[u8], scale: f32, weights: &mut [f32]) {
-    for (weight, &code) in weights.iter_mut().zip(codes) {
-        *weight = e4m3(code) * scale;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,21 +231,18 @@ mod tests {
     }
 
     fn encode(value: f32) -> u8 {
-        let mut code = [0];
-        encode_e4m3_by_quotient(Dtype::F32, &[value], 1.0, &mut code);
-        code[0]
+        nearest_e4m3(value)
     }
 
     #[test]
     fn every_code_survives_the_round_trip() {
         for code in 0..=u8::MAX {
-            let mut weight = [0.0];
-            decode_e4m3(&[code], 1.0, &mut weight);
+            let weight = e4m3(code);
             if code & 0x7f == 0x7f {
-                assert!(weight[0].is_nan());
+                assert!(weight.is_nan());
             } else {
-                assert_eq!(f64::from(weight[0]), value(code));
-                assert_eq!(encode(weight[0]), code);
+                assert_eq!(f64::from(weight), value(code));
+                assert_eq!(encode(weight), code);
             }
         }
     }
@@ -229,7 +282,7 @@ mod tests {
         #[test]
         fn the_largest_is_the_largest(weights in prop::collection::vec(-1e30f32..1e30, 0..70)) {
             let expected = weights.iter().fold(0f32, |most, x| most.max(x.abs()));
-            prop_assert_eq!(largest(&weights), expected);
+            prop_assert_eq!(largest_body(&weights), expected);
         }
     }
 }

@@ -28,24 +28,19 @@
 //! Peer: torchao 0.18.0 on CPU (`Int8WeightOnlyConfig`, `Float8WeightOnlyConfig` version 2 with their
 //! defaults, granularity `PerRow`).
 
+use super::rows8::{self, Codes, Scaling};
 use super::{
-    rows8, Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut,
-    Span,
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::kernels::{self, Level};
 use crate::shape;
 
 /// One of the two formats.
 pub struct TorchAo {
     info: Info,
     codes: Codes,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Codes {
-    Int8,
-    E4m3,
 }
 
 pub static INT8: TorchAo = TorchAo::new("torchao:int8", Codes::Int8);
@@ -137,10 +132,7 @@ impl Format for TorchAo {
             .zip(codes.chunks_exact_mut(row_weights))
             .zip(scales.as_chunks_mut().0);
         for ((weights, codes), scale) in rows {
-            let encoded = match self.codes {
-                Codes::Int8 => encode_int8(dtype, weights, codes),
-                Codes::E4m3 => encode_e4m3(dtype, weights, codes),
-            };
+            let encoded = encode_row(kernels::level(), self.codes, dtype, weights, codes);
             *scale = encoded.to_le_bytes();
         }
         Ok(())
@@ -161,32 +153,36 @@ impl Format for TorchAo {
             .zip(scales.as_chunks().0);
         for (row, ((weights, codes), scale)) in rows.enumerate() {
             let scale = f32::from_le_bytes(*scale);
-            match self.codes {
-                Codes::Int8 => {
-                    let zero = zeros.get(row).copied().unwrap_or(0).cast_signed();
-                    rows8::decode_int8(codes, zero, scale, weights);
-                }
-                Codes::E4m3 => rows8::decode_e4m3(codes, scale, weights),
-            }
+            let zero = zeros.get(row).copied().unwrap_or(0).cast_signed();
+            rows8::decode(kernels::level(), self.codes, zero, scale, codes, weights);
         }
         Ok(())
     }
 }
 
-/// Encodes one row and gives its scale.
-pub fn encode_int8(dtype: Dtype, weights: &[f32], codes: &mut [u8]) -> f32 {
-    let scale = rows8::round_to(dtype, rows8::largest(weights) / 127.5).max(LEAST_SCALE);
-    rows8::encode_int8_by_product(weights, 1.0 / scale, codes);
-    scale
-}
-
-/// Encodes one row and gives its scale.
-pub fn encode_e4m3(dtype: Dtype, weights: &[f32], codes: &mut [u8]) -> f32 {
-    let scale = rows8::round_to(dtype, rows8::largest(weights) / rows8::LARGEST_E4M3);
-    if scale == 0.0 {
-        codes.fill(0);
-        return f32::MIN_POSITIVE;
-    }
-    rows8::encode_e4m3_by_quotient(Dtype::F32, weights, scale, codes);
+/// Encodes one row of weights of type `dtype` and gives its scale.
+pub fn encode_row(
+    level: Level,
+    kind: Codes,
+    dtype: Dtype,
+    weights: &[f32],
+    codes: &mut [u8],
+) -> f32 {
+    let largest = rows8::largest(level, weights);
+    let (scale, scaling, factor) = match kind {
+        Codes::Int8 => {
+            let scale = rows8::round_to(dtype, largest / 127.5).max(LEAST_SCALE);
+            (scale, Scaling::Product, 1.0 / scale)
+        }
+        Codes::E4m3 => {
+            let scale = rows8::round_to(dtype, largest / rows8::LARGEST_E4M3);
+            if scale == 0.0 {
+                codes.fill(0);
+                return f32::MIN_POSITIVE;
+            }
+            (scale, Scaling::Quotient(Dtype::F32), scale)
+        }
+    };
+    rows8::encode(level, kind, scaling, factor, weights, codes);
     scale
 }

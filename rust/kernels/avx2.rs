@@ -11,6 +11,7 @@ mod lanes;
 mod levels;
 mod mx;
 mod points;
+mod rows8;
 mod splits;
 mod ternary;
 
@@ -21,6 +22,7 @@ pub(super) use lanes::*;
 pub(super) use levels::*;
 pub(super) use mx::*;
 pub(super) use points::*;
+pub(super) use rows8::*;
 pub(super) use splits::*;
 pub(super) use ternary::*;
 

@@ -5,9 +5,11 @@
 
 mod lanes;
 mod levels;
+mod rows8;
 
 pub(super) use lanes::*;
 pub(super) use levels::*;
+pub(super) use rows8::*;
 
 use std::arch::x86_64::*;
 

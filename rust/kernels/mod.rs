@@ -26,6 +26,8 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
+use crate::formats::rows8;
+
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +155,22 @@ offers! {
     /// Weights of an int8 row: (code·scale)·factor; gives the number of weights done.
     fn decode_int8 [avx2 avx512] (codes: &[u8], scale: f32, factor: f32, weights: &mut [f32])
         -> usize = 0;
+    /// `rows8::largest`, `rows8::encode` and `rows8::decode`, whose bodies are compiled for each level.
+    fn most_f32 [avx2 avx512] (weights: &[f32]) -> f32 = rows8::largest_body(weights);
+    fn encode_row8 [avx2 avx512] (
+        kind: rows8::Codes,
+        scaling: rows8::Scaling,
+        factor: f32,
+        weights: &[f32],
+        codes: &mut [u8],
+    ) -> () = rows8::encode_body(kind, scaling, factor, weights, codes);
+    fn decode_row8 [avx2 avx512] (
+        kind: rows8::Codes,
+        zero: i8,
+        scale: f32,
+        codes: &[u8],
+        weights: &mut [f32],
+    ) -> () = rows8::decode_body(kind, zero, scale, codes, weights);
     /// Q4_0 blocks; gives the number of blocks done, as all below.
     fn encode_q4_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
     fn decode_q4_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;

@@ -3,7 +3,9 @@
 
 use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
+use crate::dtype::Dtype;
 use crate::float;
+use crate::formats::rows8::{self, Codes, Scaling};
 use crate::formats::Block;
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 
@@ -277,6 +279,45 @@ fn check_int8(level: Level) {
     }
 }
 
+fn check_rows8(level: Level) {
+    let scalings = [
+        Scaling::Product,
+        Scaling::Quotient(Dtype::F32),
+        Scaling::Quotient(Dtype::F16),
+        Scaling::Quotient(Dtype::BF16),
+    ];
+    for input in inputs(1003) {
+        for (length, offset) in LENGTHS.into_iter().flat_map(|l| OFFSETS.map(|o| (l, o))) {
+            let weights = &input[offset..offset + length];
+            let most = rows8::largest(Level::SCALAR, weights);
+            assert_eq!(rows8::largest(level, weights).to_bits(), most.to_bits());
+            for kind in [Codes::Int8, Codes::E4m3] {
+                for scaling in scalings {
+                    let mut expected = vec![0; length + offset];
+                    let mut got = expected.clone();
+                    let place = &mut expected[offset..];
+                    rows8::encode(Level::SCALAR, kind, scaling, 0.37, weights, place);
+                    rows8::encode(level, kind, scaling, 0.37, weights, &mut got[offset..]);
+                    assert_eq!(got, expected);
+                }
+                let codes: Vec<u8> = weights.iter().map(|x| (x.to_bits() >> 9) as u8).collect();
+                let mut expected = vec![0.0; length + offset];
+                let mut got = expected.clone();
+                rows8::decode(
+                    Level::SCALAR,
+                    kind,
+                    3,
+                    0.37,
+                    &codes,
+                    &mut expected[offset..],
+                );
+                rows8::decode(level, kind, 3, 0.37, &codes, &mut got[offset..]);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
 fn check_blocks<B: Block>(level: Level) {
     for input in inputs(200 * B::WEIGHTS + 1) {
         for blocks in [0, 1, 2, 3, 200] {
@@ -408,6 +449,7 @@ stamp! {
     nf4: |level| check_4bit(level, &NF4);
     fp4: |level| check_4bit(level, &FP4);
     int8: |level| check_int8(level);
+    rows_of_bytes: |level| check_rows8(level);
     q4_0: |level| check_blocks::<ggml_basic::Q4_0>(level);
     q4_1: |level| check_blocks::<ggml_basic::Q4_1>(level);
     q5_0: |level| check_blocks::<ggml_basic::Q5_0>(level);
