@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path):
     with torch.no_grad():
         net.blocks[1].down.weight[0, 5] = float("nan")
     folder = nets.save(tmp_path / "net", net)
-    with pytest.raises(FormatError, match=r'nan at index 5 .*tensor "blocks.1.down.weight"'):
+    with pytest.raises(FormatError, match=r'weight 5 is NaN.*tensor "blocks.1.down.weight"'):
         wp.from_pretrained(nets.Net, folder, quantization_config=wp.TorchAoConfig("int8"))
 
 

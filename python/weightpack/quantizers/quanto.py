@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from .._lazy import require
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..placement import Placement
-from .base import Quantizer, Requirement
+from .base import Packing, Quantizer, Requirement
 from .config import QuantizationConfig, QuantizationMethod, names_of, one_of
-from .dtypes import torch_dtype
+from .dtypes import stored_name, torch_dtype
 from .modules import owner, replace_layers
 
 WEIGHTS = ("int8", "int4", "int2", "float8")
@@ -183,6 +183,14 @@ class QuantoQuantizer(Quantizer):
             return found[1], found[2]
         found = _CONSTANT.match(key)
         return (f"{found[1] or ''}weight", found[2]) if found else None
+
+    def packing(self, model: Any, name: str) -> Packing | None:
+        """Bytes by the engine; types of fewer bits are packed here."""
+        weights = self.weights_of(name.rpartition(".")[0])
+        if self.pre_quantized or weights not in ("int8", "float8"):
+            return None
+        through = None if self.torch_dtype is None else stored_name(self.torch_dtype)
+        return Packing(f"quanto:{weights}", through=through)
 
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         """Sets a weight from a full-precision tensor or from `_data`, `_scale` and `_shift`.

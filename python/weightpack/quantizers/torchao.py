@@ -20,14 +20,15 @@ from typing import Any, ClassVar
 from .._lazy import is_installed, require
 from ..errors import CheckpointError, ConfigError, FormatError
 from ..matcher import Matcher
+from ..placement import Placement
 from . import dtypes
 from . import torchao_demands as demands
 from . import torchao_forms as forms
-from .base import Quantizer, Requirement
+from .base import Packing, Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of
 from .modules import owner, set_parameter
 from .torchao_slabs import pack
-from .torchao_weights import FileWeights, decode, flatten, is_packed, is_saved_class
+from .torchao_weights import FileWeights, assembled, decode, flatten, is_packed, is_saved_class, rows_format
 
 _PURPOSE = "pack weights for torchao"
 
@@ -254,6 +255,18 @@ class TorchAoQuantizer(Quantizer):
         """Whether it is the weight of a chosen layer, or a parameter that is packed by its own name."""
         return super().check_if_quantized_param(model, name) or name in self._loose
 
+    def packing(self, model: Any, name: str) -> Packing | None:
+        """Rows of bytes by the engine, for weights on the CPU: what it makes is what torchao makes there."""
+        module, leaf = owner(model, name)
+        if self.pre_quantized or leaf != "weight" or self._embedding.copied is not None:
+            return None
+        if isinstance(self.device_map, Mapping) and str(Placement(self.device_map).of(name)) != "cpu":
+            return None
+        chosen = rows_format(forms.assigned(self._config(), name))
+        if chosen is None or module.weight.dim() != 2 or self.torch_dtype is None:
+            return None
+        return Packing(chosen, through=dtypes.stored_name(self.torch_dtype))
+
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         """Packs a weight on `device`, or puts it together from its arrays in the checkpoint.
 
@@ -264,6 +277,10 @@ class TorchAoQuantizer(Quantizer):
         torch = require("torch", _PURPOSE)
         module, leaf = owner(model, name)
         device = torch.device("cpu" if device is None else device)
+        if isinstance(value, Mapping) and not self.pre_quantized:
+            weight = assembled(value, dtype or self.torch_dtype).to(device)
+            module._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
+            return
         if isinstance(value, Mapping):
             weight = self._file_weights().rebuild(name, value, dtype=dtype)
             expected = tuple(module._parameters[leaf].shape)

@@ -39,6 +39,28 @@ def check_finite(weight: Any, name: str) -> bool:
     )
 
 
+def rows_format(config: Any) -> str | None:
+    """The format of the engine that packs a weight on the CPU as a config of torchao does, `None` where that is
+    torchao's own work."""
+    granularity = getattr(config, "granularity", None)
+    if type(granularity).__name__ != "PerRow" or getattr(granularity, "dim", -1) != -1:
+        return None
+    if type(config).__name__ == "Int8WeightOnlyConfig":
+        return "torchao:int8"
+    is_e4m3 = str(getattr(config, "weight_dtype", "")) == "torch.float8_e4m3fn"
+    return "torchao:float8" if type(config).__name__ == "Float8WeightOnlyConfig" and is_e4m3 else None
+
+
+def assembled(arrays: Mapping[str, Any], dtype: Any) -> Any:
+    """torchao's tensor of arrays that the engine packed; `dtype` is the type of the weight."""
+    quantization = require("torchao.quantization", _PURPOSE)
+    codes, scale = arrays["qdata"], arrays["scale"]
+    block_size = [1, codes.shape[1]]
+    if "zero_point" in arrays:
+        return quantization.Int8Tensor(codes, scale, block_size, dtype, zero_point=arrays["zero_point"])
+    return quantization.Float8Tensor(codes, scale, block_size=block_size, dtype=dtype)
+
+
 def pack_whole(module: Any, leaf: str, config: Any, *, name: str, is_zero: bool) -> None:
     """Packs parameter `leaf` of a module in place, by `config`; `name` is the parameter's full name, and
     `is_zero` says whether it holds nothing but zeros. Raises `FormatError` for a weight that torchao leaves
