@@ -13,7 +13,7 @@ from .entry import FLOATS, Entry
 from .errors import UnsupportedError
 from .mapping import Facts, MappedTensor
 from .recipes import LLAMA, Recipe
-from .targets import COPY, FormatInfo
+from .targets import COPY, FormatInfo, find_format
 
 GGML_DIMENSIONS = 4
 """Most dimensions of a tensor for readers that are built on ggml."""
@@ -147,7 +147,8 @@ def keep(entry: Entry, target: Target, why: str) -> Decision:
     backend = entry.format.partition(":")[0]
     if backend == "gguf" and target.container == "gguf":
         return Decision(entry, COPY, why)
-    if backend not in ("", "gguf") and target.container == "safetensors" and target.format.backend in ("", backend):
+    is_written = backend not in ("", "gguf") and find_format(entry.format).encodes != "never"
+    if is_written and target.container == "safetensors" and target.format.backend in ("", backend):
         return Decision(entry, COPY, why)
     plain = target.plain if backend == "gguf" else FLOATS.get(entry.dtype, target.plain)
     return Decision(entry, plain, f"{why}; decoded from {entry.format}")

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::formats::{self, Layout};
+use crate::formats::{self, Encodes, Layout};
 use crate::io::{Container, NewEntry};
 use crate::shape;
 
@@ -87,6 +87,16 @@ pub fn action(
                 source_name(tensor)
             )));
         }
+        let as_stored = tensor.packed.as_ref().is_none_or(|(format, layout)| {
+            !(0..layout.components.len()).any(|component| format.is_transposed(component))
+        });
+        if !as_stored {
+            return Err(Error::unsupported(format!(
+                "{} is stored column by column and not copied",
+                source_name(tensor)
+            ))
+            .hint("decode it, or pack it as another format"));
+        }
         return Ok(Action::Copy);
     }
     let format = formats::find(&assignment.format)?;
@@ -112,7 +122,8 @@ pub fn action(
         .transpose()?;
     let mut layout = format.layout(shape, &params)?;
     layout.params.importance = None;
-    let same = assignment.add.is_none()
+    let same = format.info().encodes != Encodes::Never
+        && assignment.add.is_none()
         && through.is_none_or(|dtype| is_exact(source, dtype))
         && source.format.info().name == format.info().name
         && source.layout.components == layout.components;
@@ -130,7 +141,7 @@ pub fn action(
     );
     Ok(Action::Encode {
         format,
-        layout,
+        layout: Box::new(layout),
         cut,
         add: checked(assignment.add)?,
         weighed,

@@ -40,12 +40,17 @@ pub fn transpose(tensor: &Tensor) -> Result<Tensor> {
             super::plan::source_name(tensor)
         )));
     };
+    let mut result = plain_tensor(turned(array.clone())?)?;
+    result.name.clone_from(&tensor.name);
+    Ok(result)
+}
+
+/// A stored matrix with rows and columns exchanged.
+pub fn turned(array: Stored) -> Result<Stored> {
     let transposed = Transposed::new(array.clone())?;
-    let mut result = array.clone();
+    let mut result = array;
     result.entry.shape = transposed.shape();
     result.made = Some(Made::Transposed(Arc::new(transposed)));
-    let mut result = plain_tensor(result)?;
-    result.name.clone_from(&tensor.name);
     Ok(result)
 }
 

@@ -301,7 +301,8 @@ impl Checked<'_> {
     /// The layout of the arrays, unless they are simply what is stored.
     fn layout(&self) -> Option<&Layout> {
         match (&self.action, &self.copied) {
-            (Action::Encode { layout, .. }, _) | (Action::Copy, Some((_, layout))) => Some(layout),
+            (Action::Encode { layout, .. }, _) => Some(layout),
+            (Action::Copy, Some((_, layout))) => Some(layout),
             (Action::Copy, None) => None,
         }
     }

@@ -32,7 +32,7 @@ pub enum Action {
         /// The new format.
         format: &'static dyn Format,
         /// The new layout.
-        layout: Layout,
+        layout: Box<Layout>,
         /// How the work is cut.
         cut: Cut,
         /// Added to every weight before it is encoded.

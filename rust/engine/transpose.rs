@@ -29,16 +29,16 @@ pub struct Transposed {
 }
 
 impl Transposed {
-    /// The transpose of `stored`, which must have two dimensions and hold floating point numbers.
+    /// The transpose of `stored`, which must have two dimensions and hold plain numbers of 2, 4 or 8 bytes.
     pub fn new(stored: Stored) -> Result<Self> {
         let entry = &stored.entry;
         let is_plain = matches!(
             entry.dtype,
-            Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16
+            Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I32
         );
         let (true, [rows, columns]) = (is_plain, entry.shape.as_slice()) else {
             return Err(Error::unsupported(format!(
-                "{} of shape {:?} is not transposed: only matrices of floating point numbers are",
+                "{} of shape {:?} is not transposed: only matrices of plain numbers are",
                 entry.dtype, entry.shape
             )));
         };

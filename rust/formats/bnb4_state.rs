@@ -160,7 +160,7 @@ pub fn read_quant_state(text: &[u8]) -> Result<QuantState> {
             double_quant: nested_offset.is_some(),
             dtype,
             nested_offset: nested_offset.unwrap_or(0.0),
-            importance: None,
+            ..Params::default()
         },
     })
 }

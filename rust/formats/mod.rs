@@ -31,6 +31,7 @@ mod ggml_k_encode;
 pub mod ggml_search;
 #[doc(hidden)]
 pub mod ggml_ternary;
+pub mod grouped;
 mod iq1_search;
 mod iq4_search;
 mod iq_grid_search;
@@ -57,6 +58,7 @@ use crate::{kernels, shape};
 
 pub use blocks::{Block, Weighing};
 pub use bnb4_state::{read_quant_state, QuantState};
+pub use grouped::Integers;
 pub use validity::first_invalid;
 
 pub use crate::kernels::ErrorSums;
@@ -84,6 +86,8 @@ pub struct Params {
     pub nested_offset: f32,
     /// GGUF: how much each weight counts when codes and scales are searched.
     pub importance: Option<Importance>,
+    /// Whole numbers in groups: how they are packed. Set by the reader.
+    pub integers: Option<Arc<Integers>>,
 }
 
 /// How much each weight of a row counts: one number per column, the same for every row of a matrix.
@@ -157,6 +161,7 @@ impl Default for Params {
             dtype: Dtype::F32,
             nested_offset: 0.0,
             importance: None,
+            integers: None,
         }
     }
 }
@@ -452,6 +457,12 @@ pub trait Format: Sync + Send {
         self.decode(layout, first, parts, weights)
     }
 
+    /// Whether files hold this component with rows and columns exchanged. Such arrays are decoded from
+    /// a checkpoint only.
+    fn is_transposed(&self, _component: usize) -> bool {
+        false
+    }
+
     /// What happens to weights that are not finite.
     fn nonfinite(&self) -> NonFinite {
         NonFinite::Refused
@@ -494,6 +505,9 @@ pub static FORMATS: &[&dyn Format] = &[
     &mx::NVFP4_FORMAT,
     &ggml_activation::Q8_1_FORMAT,
     &ggml_activation::Q8_K_FORMAT,
+    &grouped::GPTQ,
+    &grouped::AWQ,
+    &grouped::COMPRESSED,
     &plain::BF16,
     &plain::F16,
     &plain::F32,

@@ -65,7 +65,7 @@ impl Choices {
             double_quant: choices.double_quant,
             dtype: choices.dtype.as_deref().map_or(Ok(Dtype::F32), dtype_of)?,
             nested_offset: choices.nested_offset,
-            importance: None,
+            ..Params::default()
         };
         Ok((params, choices.keep_nonfinite))
     }

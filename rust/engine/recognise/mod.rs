@@ -4,6 +4,7 @@
 //! `config.json` says; [`PACKINGS`] is their list. A weight is claimed by the first that finds it.
 
 mod bitsandbytes;
+mod grouped;
 mod quanto;
 mod torchao;
 
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::formats::{Component, Format, Layout, Span};
 
 use super::checkpoint::{Checkpoint, Stored, Tensor};
+use super::derive;
 
 /// What a model says about its weights outside of the files that hold them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -50,7 +52,12 @@ pub struct Recognised {
 type Find = fn(&Sources<'_>) -> Result<Vec<Recognised>>;
 
 /// Every packing.
-const PACKINGS: &[Find] = &[bitsandbytes::find, torchao::find, quanto::find];
+const PACKINGS: &[Find] = &[
+    bitsandbytes::find,
+    torchao::find,
+    quanto::find,
+    grouped::find,
+];
 
 /// Every packed weight of a checkpoint.
 pub fn packed_tensors(
@@ -136,7 +143,10 @@ impl Sources<'_> {
                 }
                 None => {}
             }
-            parts.push(found);
+            parts.push(match found {
+                Some(part) if format.is_transposed(position) => Some(derive::turned(part)?),
+                found => found,
+            });
         }
         Ok(Tensor {
             name: base,
