@@ -91,8 +91,8 @@ def test_debug_shows_the_place(command_line, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, 'packed by "gptq"'),
-        ({"quantization_config": {"quant_method": "fp8"}}, 'packed by "fp8"'),
+        ({"quantization_config": {"quant_method": "aqlm"}}, 'packed by "aqlm"'),
+        ({"quantization_config": {"quant_method": "gptq"}}, "packed by gptq, and no such weight is found"),
     ],
 )
 def test_sources_packed_by_others_are_exit_code_3(command_line, llama_folder, tmp_path, config, message):

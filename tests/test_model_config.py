@@ -116,7 +116,7 @@ def test_local_paths_do_not_get_out(name, stays):
     assert ("_name_or_path" in json.loads(text)) is stays
 
 
-@pytest.mark.parametrize("method", ["gptq", "fp8", "compressed-tensors", None])
+@pytest.mark.parametrize("method", ["aqlm", "vptq", None])
 def test_sources_packed_by_others_are_refused(method):
     with pytest.raises(UnsupportedError, match=f'packed by "{method}"'):
         model_config.source_method({"quantization_config": {"quant_method": method}})

@@ -286,6 +286,13 @@ def _check_source(model: Model, checkpoint: Checkpoint) -> None:
     """Raises `UnsupportedError` for a source whose config or metadata says that it is packed in a way that is
     not understood: its arrays mean nothing by themselves."""
     method = model_config.source_method(model.config)
+    if method in model_config.DECODED and not any(
+        (e.format or "").startswith(f"{method}:") for e in checkpoint.values()
+    ):
+        raise UnsupportedError(
+            f'the source says that it is packed by {method}, and no such weight is found (file "{model.weights}")',
+            hint="its layout may be another one: convert the model it was made from",
+        )
     left = unrecognised(checkpoint)
     for backend in left if method is None else left.keys() & {method}:
         described = method == backend or any(

@@ -211,3 +211,11 @@ def test_gptq_is_decoded_where_a_pattern_keeps_it(tmp_path):
     wp.convert(place, tmp_path / "out", to="bf16", keep=["layer"])
     with wp.open_checkpoint(tmp_path / "out") as checkpoint:
         assert checkpoint["layer.weight"].format in ("f16", "bf16")
+
+
+def test_codes_without_their_scales_are_refused(tmp_path):
+    codes, zeros, _ = made(3, 64, 256, 4, 128, "F16")
+    tensors = {"layer.qweight": part("I32", words(codes, 4)), "layer.qzeros": part("I32", words(zeros.T, 4).T)}
+    place = folder(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+    with pytest.raises(CheckpointError, match=r'"layer.scales" or "layer.qzeros" is missing'):
+        wp.convert(place, tmp_path / "out", to="bf16")

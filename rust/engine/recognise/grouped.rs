@@ -44,7 +44,12 @@ fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Opt
         sources.get(&format!("{module}scales")),
         sources.get(&format!("{module}qzeros")),
     ) else {
-        return Ok(None);
+        return match text(sources, "quant_method") {
+            Some(method @ ("gptq" | "awq")) => Err(Error::checkpoint(format!(
+                "\"{module}scales\" or \"{module}qzeros\" is missing, which {method} has beside its codes"
+            ))),
+            _ => Ok(None),
+        };
     };
     let (&[first, second], &[groups, rows]) =
         (codes.entry.shape.as_slice(), scales.entry.shape.as_slice())
