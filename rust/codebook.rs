@@ -315,6 +315,33 @@ pub fn floor_log2(x: f32) -> i32 {
     }
 }
 
+/// ⌈log₂ x⌉ of a number above 0, the logarithm being rounded to `f32` first: a number whose distance
+/// from the power of two below is lost in that rounding counts as that power.
+pub fn ceil_log2(x: f32) -> i32 {
+    let bits = f64::from(x).to_bits();
+    let exponent = (bits >> 52) as i32 - 1023;
+    let distance = f64::from_bits(bits & !(0x7ff << 52) | 1023 << 52) - 1.0;
+    if distance == 0.0 {
+        return exponent;
+    }
+    // The step of `f32` just above the exponent; above 0 there is none that would lose anything.
+    let size = match exponent {
+        1.. => Some(exponent.ilog2() as i32),
+        0 => None,
+        -1 => Some(-1),
+        _ => Some((-exponent - 1).ilog2() as i32),
+    };
+    let is_lost = size.is_some_and(|size| {
+        let half_step = f64::from_bits(((size + 1023 - 24) as u64) << 52);
+        distance < half_step * std::f64::consts::LN_2
+    });
+    if is_lost {
+        exponent
+    } else {
+        exponent + 1
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -393,6 +420,18 @@ mod tests {
                     floor_log2(power.next_up()),
                     exponent + i32::from(exponent == -149)
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn logarithms_are_rounded_before_they_go_up() {
+        for exponent in -140..127 {
+            let power = 2f64.powi(exponent);
+            for step in [0.0, 1e-7, 2e-7, 5e-7, 1e-6, 3e-6, 6e-6, 1e-5, 0.1, 0.5, 0.9] {
+                let x = (power * (1.0 + step)) as f32;
+                let expected = (f64::from(x).log2() as f32).ceil() as i32;
+                assert_eq!(ceil_log2(x), expected, "{x:e}");
             }
         }
     }

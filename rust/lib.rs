@@ -8,7 +8,7 @@
 //! | [`error`], [`dtype`], [`shape`] | the one error enum, the one type table, checked size arithmetic |
 //! | [`bits`], [`codebook`] | bit packing, the fixed tables of 4-bit and 8-bit codes |
 //! | `kernels` | SIMD versions of the inner loops, chosen once at run time |
-//! | [`float`] | conversions between stored floats and `f32` |
+//! | [`float`], [`float8`] | conversions between stored floats and `f32` |
 //! | [`formats`] | numeric layouts: what is stored for a tensor, and how to encode and decode it |
 //! | [`io`] | containers: safetensors and GGUF files, shard indexes |
 //! | [`engine`] | plan, run, finish: a checkpoint in, a packed checkpoint out |
@@ -20,6 +20,7 @@ pub mod dtype;
 pub mod engine;
 pub mod error;
 pub mod float;
+pub mod float8;
 pub mod formats;
 pub mod io;
 #[doc(hidden)]

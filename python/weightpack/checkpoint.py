@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .entry import FLOATS, Entry, Part
 from .errors import CheckpointError, ConfigError, UnsupportedError
-from .folder import Model, find_models
+from .folder import BESIDE, Model, find_models, read_json
 from .model_config import quantization_section
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def _open(model: Model) -> _rust.Checkpoint:
     from . import _rust
 
     section = quantization_section(model.config)
+    if section is None and model.folder is not None and (model.folder / BESIDE).is_file():
+        section = read_json(model.folder / BESIDE)
     dtype = (model.config or {}).get("dtype") or (model.config or {}).get("torch_dtype")
     return _rust.Checkpoint.open(
         str(model.weights),

@@ -21,6 +21,8 @@ from .errors import CheckpointError
 MOST_JSON_BYTES = 64 << 20
 PIPELINE = "model_index.json"
 CONFIG = "config.json"
+BESIDE = "hf_quant_config.json"
+"""Where ModelOpt's exports say how the weights are packed, older ones nowhere else."""
 STEMS = ("model", "diffusion_pytorch_model")
 """Names that hosts give to the weights of a model, in their order of search."""
 

@@ -227,24 +227,28 @@ def _stored(format: str, component: dict[str, Any]) -> tuple[list[int], str]:
     shape, dtype = list(component["shape"]), component["dtype"]
     if dtype in _arrays.ELEMENT_TYPES:
         return shape, dtype
-    return [*shape[:-1], shape[-1] * _main_of_256(format)["bytes"] // 256], "U8"
+    return [*shape[:-1], shape[-1] * _main_of_two_rows(format)["bytes"] // 512], "U8"
 
 
 def _shape(format: str, main: _arrays.Bytes) -> list[int]:
     """The shape of the weights, from that of the main component."""
-    row = _main_of_256(format)
-    if row["shape"] == [1, 256] and row["dtype"] in _arrays.ELEMENT_TYPES:
-        return list(main.shape)
+    row = _main_of_two_rows(format)
     if row["dtype"] in _arrays.ELEMENT_TYPES:
-        raise ConfigError(f"{format}: shape is needed to decode without quant_state")
-    if not main.shape or main.shape[-1] * 256 % row["bytes"]:
+        rows, columns = row["shape"]
+        if columns == 1:
+            raise ConfigError(f"{format}: shape is needed to decode without quant_state")
+        if len(main.shape) < 2:
+            return list(main.shape)
+        # Codes of neighbours in a row, or in a column, may share a byte.
+        return [*main.shape[:-2], main.shape[-2] * 2 // rows, main.shape[-1] * 256 // columns]
+    if not main.shape or main.shape[-1] * 512 % row["bytes"]:
         raise FormatError(f"{format}: shape {list(main.shape)} does not hold rows of whole blocks")
-    return [*main.shape[:-1], main.shape[-1] * 256 // row["bytes"]]
+    return [*main.shape[:-1], main.shape[-1] * 512 // row["bytes"]]
 
 
-def _main_of_256(format: str) -> dict[str, Any]:
-    """The main component of one row of 256 weights: a whole number of blocks of every GGUF type."""
-    main: dict[str, Any] = json.loads(_rust.layout(format, [1, 256], "{}"))[0]
+def _main_of_two_rows(format: str) -> dict[str, Any]:
+    """The main component of two rows of 256 weights: a whole number of blocks of every type."""
+    main: dict[str, Any] = json.loads(_rust.layout(format, [2, 256], "{}"))[0]
     return main
 
 

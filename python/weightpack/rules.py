@@ -92,7 +92,14 @@ def _built_in(entries: Sequence[Entry], target: Target, layers: Layers) -> Calla
     raise UnsupportedError(f"there are no rules for format {target.format.name}")
 
 
+def _refuse_codes(entry: Entry) -> None:
+    """Packed weights whose packing is not known look like integers, and mean nothing as such."""
+    if entry.is_plain and entry.dtype in ("U8", "I8") and entry.name.rpartition(".")[2] == "weight":
+        raise no_decoder(entry)
+
+
 def _linear(entry: Entry, target: Target, layers: Layers) -> Decision:
+    _refuse_codes(entry)
     layer = layers.tensors.get(entry.name)
     if layer is None:
         layer = classify(entry, "")
@@ -102,6 +109,7 @@ def _linear(entry: Entry, target: Target, layers: Layers) -> Decision:
 
 
 def _cast(entry: Entry, target: Target) -> Decision:
+    _refuse_codes(entry)
     if not entry.is_float:
         if entry.format is None and not entry.is_plain:
             raise no_decoder(entry)

@@ -151,6 +151,7 @@ pub fn decode_array(
             )));
         }
     }
+    let layout = &with_tensor_scale(format, layout, components)?;
     let weight_bytes = dtype.alignment();
     let mut rest = out;
     let mut work = Vec::new();
@@ -172,6 +173,17 @@ pub fn decode_array(
         }
         Ok(())
     })
+}
+
+/// The layout with the scale of the whole tensor, where the format has one.
+fn with_tensor_scale(format: &dyn Format, layout: &Layout, components: &[&[u8]]) -> Result<Layout> {
+    let mut layout = layout.clone();
+    if let Some(index) = format.tensor_scale() {
+        let bytes = components.get(index).copied().unwrap_or_default();
+        check_length("scale of the tensor", 4, bytes.len())?;
+        layout.params.tensor_scale = bytes.try_into().map_or(1.0, f32::from_le_bytes);
+    }
+    Ok(layout)
 }
 
 /// Decodes one tile into `target`, as weights of type `dtype`: straight into its place where that

@@ -65,15 +65,7 @@ impl SlabReader {
         let packed = tensor.as_packed().ok_or_else(|| undecodable(tensor))?;
         let parts = slab::parts(packed.layout, slab::as_slices(&self.input), slab, tile)?;
         let weights = slab::resize_weights(&mut self.weights, tile.end - tile.start)?;
-        if to_odd {
-            packed
-                .format
-                .decode_to_odd(packed.layout, tile.start, &parts, weights)?;
-        } else {
-            packed
-                .format
-                .decode(packed.layout, tile.start, &parts, weights)?;
-        }
+        packed.decode(tile.start, &parts, weights, to_odd)?;
         Ok(weights)
     }
 }

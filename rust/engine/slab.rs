@@ -25,6 +25,32 @@ pub struct Packed<'a> {
     pub layout: &'a Layout,
 }
 
+impl Packed<'_> {
+    /// Decodes the tile that begins at weight `first`; with `to_odd` as [`Format::decode_to_odd`].
+    pub fn decode(
+        &self,
+        first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+        to_odd: bool,
+    ) -> Result<()> {
+        if to_odd {
+            self.format
+                .decode_to_odd(self.layout, first, parts, weights)?;
+        } else {
+            self.format.decode(self.layout, first, parts, weights)?;
+        }
+        if let Some(factors) = &self.layout.params.column_factors {
+            let start = shape::to_usize(first % (factors.len() as u64).max(1))?;
+            let columns = factors.iter().cycle().skip(start);
+            for (weight, factor) in weights.iter_mut().zip(columns) {
+                *weight *= factor;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// How a tensor is cut: `slab` and `tile` are weights, both multiples of what the two formats
 /// allow (or the whole tensor).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,17 +262,13 @@ impl Task<'_> {
     ) -> Result<&'s [f32]> {
         let x = resize_weights(&mut scratch.weights, tile.end - tile.start)?;
         let parts = parts(self.source.layout, input, slab, tile)?;
-        let Packed { format, layout } = self.source;
         let once_more = match self.through {
             Some(dtype) => dtype != Dtype::F32,
             None => self.target.format.rounds_to_16_bits(),
         };
         // A 64-bit weight is rounded to odd where it is rounded to 16 bits next.
-        if once_more && self.add.is_none() {
-            format.decode_to_odd(layout, tile.start, &parts, x)?;
-        } else {
-            format.decode(layout, tile.start, &parts, x)?;
-        }
+        let to_odd = once_more && self.add.is_none();
+        self.source.decode(tile.start, &parts, x, to_odd)?;
         if let Some(add) = self.add {
             x.iter_mut().for_each(|weight| *weight += add);
         }

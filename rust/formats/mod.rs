@@ -19,6 +19,8 @@ mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
 #[doc(hidden)]
+pub mod fp4;
+#[doc(hidden)]
 pub mod ggml_activation;
 #[doc(hidden)]
 pub mod ggml_basic;
@@ -32,6 +34,8 @@ pub mod ggml_search;
 #[doc(hidden)]
 pub mod ggml_ternary;
 pub mod grouped;
+#[doc(hidden)]
+pub mod int4_rows;
 mod iq1_search;
 mod iq4_search;
 mod iq_grid_search;
@@ -45,6 +49,8 @@ mod plain;
 pub mod quanto;
 #[doc(hidden)]
 pub mod rows8;
+#[doc(hidden)]
+pub mod scaled;
 #[doc(hidden)]
 pub mod torchao;
 mod validity;
@@ -84,6 +90,11 @@ pub struct Params {
     /// bitsandbytes double quantization: mean that was taken off the scales. Set by
     /// [`Format::settle`] when encoding and by the reader when decoding.
     pub nested_offset: f32,
+    /// What all decoded weights are multiplied with, in formats with [`Format::tensor_scale`]. Set as
+    /// `nested_offset` is.
+    pub tensor_scale: f32,
+    /// Factors of the columns of a decoded matrix, where the file has some beside the packed weight.
+    pub column_factors: Option<Arc<[f32]>>,
     /// GGUF: how much each weight counts when codes and scales are searched.
     pub importance: Option<Importance>,
     /// Whole numbers in groups: how they are packed. Set by the reader.
@@ -160,6 +171,8 @@ impl Default for Params {
             double_quant: false,
             dtype: Dtype::F32,
             nested_offset: 0.0,
+            tensor_scale: 1.0,
+            column_factors: None,
             importance: None,
             integers: None,
         }
@@ -434,6 +447,12 @@ pub trait Format: Sync + Send {
         Ok(Vec::new())
     }
 
+    /// The whole-tensor component that holds one `f32`, [`Params::tensor_scale`]; whoever has the stored
+    /// arrays reads it before anything is decoded.
+    fn tensor_scale(&self) -> Option<usize> {
+        None
+    }
+
     /// Whether an importance vector changes what is encoded.
     fn weighs(&self) -> bool {
         false
@@ -478,6 +497,16 @@ pub static FORMATS: &[&dyn Format] = &[
     &torchao::FLOAT8,
     &quanto::INT8,
     &quanto::FLOAT8,
+    &fp4::NVFP4,
+    &fp4::MXFP4,
+    &scaled::MODELOPT_FP8,
+    &scaled::MODELOPT_FP8_ROW,
+    &scaled::MODELOPT_FP8_BLOCK,
+    &scaled::MODELOPT_INT8,
+    &int4_rows::INT4,
+    &scaled::FP8_BLOCK,
+    &scaled::FP8_ROW,
+    &scaled::FP8_TENSOR,
     &ggml_basic::Q4_0_FORMAT,
     &ggml_basic::Q4_1_FORMAT,
     &ggml_basic::Q5_0_FORMAT,

@@ -32,6 +32,30 @@ def test_one_tensor(make_model: Callable[..., Path], tmp_path: Path, to: str) ->
     assert peak_anonymous(words) <= LIMIT / 2
 
 
+@pytest.mark.parametrize("to", ["bf16", "q4_k", "modelopt:nvfp4"])
+def test_one_tensor_in_fp8(tmp_path: Path, to: str) -> None:
+    """300 MB in blocks of 128 rows and columns, as DeepSeek stores them."""
+    rows, columns = 42_000, 7168
+    codes = np.random.default_rng(0).integers(0, 0x7E, (rows // 100, columns), np.uint8)
+    scales = np.full((-(-rows // 128), columns // 128), 1e-4, np.float32)
+    parts = {"a.up_proj.weight": ("F8_E4M3", (rows, columns)), "a.up_proj.weight_scale_inv": ("F32", scales.shape)}
+    header, offset = {}, 0
+    for name, (dtype, shape) in parts.items():
+        end = offset + (rows * columns if dtype == "F8_E4M3" else scales.nbytes)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in range(100):
+            file.write(codes.data)
+        file.write(scales.data)
+    target = tmp_path / ("out.gguf" if to == "q4_k" else "out")
+    words = command("convert", tmp_path / "model", target, "--to", to, "--layers", "names")
+    assert peak_anonymous(words) <= LIMIT
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("options", [["--to", "nf4"], ["--to", "nf4", "--double-quant"], ["--to", "bitsandbytes:int8"]])
 @pytest.mark.parametrize("shape", ["checkpoint of 4 GB", "tensor of 2 GB"])

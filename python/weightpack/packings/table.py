@@ -14,7 +14,7 @@ from ..decision import Decision, Target
 from ..entry import FLOATS
 from ..errors import ConfigError, UnsupportedError
 
-BACKENDS = ("bitsandbytes", "torchao", "quanto")
+BACKENDS = ("bitsandbytes", "torchao", "quanto", "modelopt", "fp8")
 """Backends whose formats pack linear layers. Each has a module of its name here."""
 
 

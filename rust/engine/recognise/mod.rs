@@ -4,17 +4,22 @@
 //! `config.json` says; [`PACKINGS`] is their list. A weight is claimed by the first that finds it.
 
 mod bitsandbytes;
+mod fp8;
 mod grouped;
+mod modelopt;
 mod quanto;
 mod torchao;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 
 use serde_json::Value;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::formats::{Component, Format, Layout, Span};
+use crate::float;
+use crate::formats::{Component, Format, Layout, Naming, Span};
+use crate::shape;
 
 use super::checkpoint::{Checkpoint, Stored, Tensor};
 use super::derive;
@@ -51,12 +56,28 @@ pub struct Recognised {
 /// Finds every weight of one packing. An error is about an array that cannot be anything else.
 type Find = fn(&Sources<'_>) -> Result<Vec<Recognised>>;
 
+/// What may stand beside a packed weight: factors of its columns, and the ranges of activations, which
+/// are no part of the weight and mean nothing once it is decoded.
+const COLUMN_FACTORS: &str = "pre_quant_scale";
+const BESIDE: &[&str] = &[
+    COLUMN_FACTORS,
+    "input_scale",
+    "output_scale",
+    "k_scale",
+    "v_scale",
+    "weight_scale_2",
+];
+/// Most columns that have factors of their own.
+const MOST_COLUMNS: u64 = 1 << 24;
+
 /// Every packing.
 const PACKINGS: &[Find] = &[
     bitsandbytes::find,
     torchao::find,
     quanto::find,
     grouped::find,
+    modelopt::find,
+    fp8::find,
 ];
 
 /// Every packed weight of a checkpoint.
@@ -113,7 +134,7 @@ impl Sources<'_> {
         let Recognised {
             base,
             format,
-            layout,
+            mut layout,
         } = recognised;
         let mut parts = Vec::with_capacity(layout.components.len());
         for (position, component) in layout.components.iter().enumerate() {
@@ -148,6 +169,23 @@ impl Sources<'_> {
                 found => found,
             });
         }
+        if let Some(index) = format.tensor_scale() {
+            let Some(Some(part)) = parts.get(index) else {
+                return Err(Error::checkpoint(
+                    "the scale of the whole tensor is missing",
+                ));
+            };
+            layout.params.tensor_scale = self.scale(part)?;
+        }
+        if let Some(index) = layout
+            .components
+            .iter()
+            .position(|component| component.suffix == COLUMN_FACTORS)
+        {
+            if let Some(Some(part)) = parts.get(index) {
+                layout.params.column_factors = Some(self.column_factors(part, &layout)?.into());
+            }
+        }
         Ok(Tensor {
             name: base,
             shape: layout.shape.clone(),
@@ -155,6 +193,60 @@ impl Sources<'_> {
             packed: Some((format, layout)),
             parts,
         })
+    }
+
+    /// `layout` with the arrays that stand beside the weight `base` and are no components of its format.
+    fn with_beside(&self, base: &str, mut layout: Layout) -> Layout {
+        for suffix in BESIDE {
+            let component = Component {
+                suffix: Cow::Borrowed(suffix),
+                naming: Naming::Sibling,
+                dtype: Dtype::F32,
+                shape: Vec::new(),
+                span: Span::Whole,
+            };
+            let is_known = |known: &Component| known.suffix == *suffix;
+            if layout.components.iter().any(is_known) {
+                continue;
+            }
+            if let Some(found) = self.get(&component.stored_name(base)) {
+                layout.components.push(Component {
+                    dtype: found.entry.dtype,
+                    shape: found.entry.shape.clone(),
+                    ..component
+                });
+            }
+        }
+        layout
+    }
+
+    /// One number for each column of a matrix.
+    fn column_factors(&self, stored: &Stored, layout: &Layout) -> Result<Vec<f32>> {
+        let columns = shape::row_weights(&layout.shape);
+        let count = shape::count_weights(&stored.entry.shape)?;
+        if count != columns || columns > MOST_COLUMNS {
+            return Err(Error::checkpoint(format!(
+                "\"{}\" has shape {:?}, expected [{columns}]",
+                stored.entry.name, stored.entry.shape
+            )));
+        }
+        let mut bytes = vec![0; shape::to_usize(stored.entry.bytes)?];
+        self.checkpoint.read(stored, 0, &mut bytes)?;
+        let mut factors = vec![0.0; shape::to_usize(columns)?];
+        float::widen(stored.entry.dtype, &bytes, &mut factors, false)?;
+        Ok(factors)
+    }
+
+    /// The number that an array of one `f32` holds.
+    fn scale(&self, stored: &Stored) -> Result<f32> {
+        let bytes = self.checkpoint.read_whole(stored)?;
+        match (stored.entry.dtype, bytes.try_into()) {
+            (Dtype::F32, Ok(bytes)) => Ok(f32::from_le_bytes(bytes)),
+            (dtype, _) => Err(Error::checkpoint(format!(
+                "\"{}\" is {dtype} {:?}, expected one F32",
+                stored.entry.name, stored.entry.shape
+            ))),
+        }
     }
 
     /// Whole-tensor components whose content the format fixes (code tables) must hold just that.

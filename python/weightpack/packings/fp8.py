@@ -1,0 +1,48 @@
+"""FP8 weights with a scale for each block, as DeepSeek stores them and transformers' `FineGrainedFP8Config`
+describes.
+
+The section has the keys and values that transformers 5.23 writes. Weights with one scale for a row or for
+the tensor, which other libraries store, are read, and never left in a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..decision import Decision, Target
+from ..entry import FLOATS
+from ..skip_list import settle
+from .table import HostConfig
+
+__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+
+METHODS = ("fp8",)
+_BLOCK = "fp8:block"
+
+
+def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
+    """Everything is in blocks; what a source has otherwise is decoded."""
+    settled = []
+    for decision in decisions:
+        if decision.result.startswith("fp8:") and decision.result != _BLOCK:
+            plain = FLOATS.get(decision.entry.dtype, target.plain)
+            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
+        settled.append(decision)
+    return settled
+
+
+def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
+    """The section; nothing else is needed."""
+    return HostConfig(
+        {
+            "activation_scheme": "dynamic",
+            "dequantize": False,
+            "expert_dtype": "fp8",
+            "modules_to_convert": None,
+            "modules_to_not_convert": list(skip_list) or None,
+            "quant_method": "fp8",
+            "scale_fmt": "float",
+            "weight_block_size": [128, 128],
+        }
+    )

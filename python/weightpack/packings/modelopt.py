@@ -1,0 +1,130 @@
+"""ModelOpt's unified export, as vLLM, TensorRT-LLM and SGLang read it: one format for all packed layers.
+
+The section of `config.json` and `hf_quant_config.json` have the keys and values that ModelOpt 0.47 writes
+for weights alone. Where layers are copied that also have ranges of activations, they say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..decision import Decision, Target
+from ..entry import FLOATS
+from ..errors import ConfigError, UnsupportedError
+from .table import HostConfig
+
+__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+
+METHODS = ("modelopt",)
+FILE = "hf_quant_config.json"
+_VERSION = "0.47.0"
+"""The release whose layout this is."""
+_ALGORITHMS = {
+    "modelopt:fp8": "FP8",
+    "modelopt:fp8_row": "FP8_PER_CHANNEL_PER_TOKEN",
+    "modelopt:fp8_block": "fp8_pb_wo",
+    "modelopt:int4": "W4A16_AWQ",
+    "modelopt:int8": "W8A16",
+    "modelopt:mxfp4": "mxfp4",
+    "modelopt:nvfp4": "W4A16_NVFP4",
+}
+_WITH_ACTIVATIONS = {"modelopt:int8": "W8A8_SQ_PER_CHANNEL", "modelopt:nvfp4": "NVFP4"}
+
+
+def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
+    """All layers have one format. What was packed before and is of another is decoded; two that were
+    asked for are refused."""
+    asked = {d.format for d in decisions if d.format in _ALGORITHMS}
+    if len(asked) > 1:
+        raise ConfigError(f"a ModelOpt checkpoint has one format here, and these are {' and '.join(sorted(asked))}")
+    if not asked:
+        asked = {d.result for d in decisions if d.result in _ALGORITHMS}
+        if len(asked) > 1:
+            raise UnsupportedError(f"the checkpoint mixes {' and '.join(sorted(asked))}, which is not written")
+    settled = []
+    for decision in decisions:
+        if decision.result in _ALGORITHMS and decision.result not in asked:
+            plain = FLOATS.get(decision.entry.dtype, target.plain)
+            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
+        settled.append(decision)
+    return settled
+
+
+def settle(
+    host: str | None,
+    packed: Iterable[str],
+    kept: Iterable[str],
+    *,
+    fixed: Sequence[str] = (),
+    prefix: str = "",
+) -> tuple[list[str], dict[str, str]]:
+    """The layers left unpacked, shortened as ModelOpt does: `a.b*` where no packed layer begins with `a.b`,
+    or `a.b.*` where none is below it. Readers take the entries for whole paths with wildcards, so that none
+    hits another layer."""
+    packed = sorted(packed)
+
+    def shortened(path: str) -> str:
+        starts = [path[:place] for place, letter in enumerate(path) if letter == "."]
+        for start in starts:
+            if not any(other.startswith(start) for other in packed):
+                return f"{start}*"
+            if not any(other == start or other.startswith(f"{start}.") for other in packed):
+                return f"{start}.*"
+        return path
+
+    return sorted({shortened(path) for path in kept}), {}
+
+
+def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
+    """The section, and `hf_quant_config.json`."""
+    kind = packed[0].result
+    with_activations = any(part.name.endswith(".input_scale") for d in packed for part in d.entry.parts if _copied(d))
+    algorithm = _WITH_ACTIVATIONS.get(kind, _ALGORITHMS[kind]) if with_activations else _ALGORITHMS[kind]
+    quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    if kind == "modelopt:nvfp4":
+        quantization["group_size"] = 16
+    elif kind == "modelopt:int4":
+        quantization |= {"group_size": _group_size(packed), "has_zero_point": False, "pre_quant_scale": True}
+    quantization["exclude_modules"] = list(skip_list)
+    producer = {"name": "modelopt", "version": _VERSION}
+    section: dict[str, Any] = {}
+    groups = _groups(algorithm)
+    if groups is not None:
+        section["config_groups"] = {"group_0": groups}
+    section |= {
+        "ignore": list(skip_list),
+        "quant_algo": algorithm,
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+    text = json.dumps({"producer": producer, "quantization": quantization}, indent=4)
+    return HostConfig(section, texts={FILE: text})
+
+
+def _groups(algorithm: str) -> dict[str, Any] | None:
+    """What ModelOpt says of weights and activations; it does for some algorithms only."""
+    eight: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    if algorithm == "FP8":
+        return {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
+    if algorithm == "NVFP4":
+        return {"input_activations": four, "weights": four, "targets": ["Linear"]}
+    if algorithm == "W4A16_NVFP4":
+        return {"weights": four, "targets": ["Linear"]}
+    return None
+
+
+def _copied(decision: Decision) -> bool:
+    return decision.format == "copy"
+
+
+def _group_size(packed: Sequence[Decision]) -> int:
+    """Weights that share a scale in INT4 layers: 128, but for copies that have others."""
+    for decision in packed:
+        scales = [part for part in decision.entry.parts if part.name.endswith(".weight_scale")]
+        if _copied(decision) and scales:
+            return int(decision.entry.shape[-1] // scales[0].shape[-1])
+    return 128

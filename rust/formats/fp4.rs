@@ -1,0 +1,341 @@
+//! ModelOpt's 4-bit floats (E2M1) with a scale for every 16 or 32 weights of a row, in separate arrays.
+//!
+//! | format | `weight` | `weight_scale` | `weight_scale_2` |
+//! |---|---|---|---|
+//! | `modelopt:nvfp4` | U8 [.., N, K/2] | F8_E4M3 [.., N, K/16], rows in order (not swizzled) | F32 [] |
+//! | `modelopt:mxfp4` | U8 [.., N, K/2] | U8 [.., N, K/32]: E8M0 | – |
+//!
+//! A byte holds the code of an even weight in bits 0-3 and of the odd one behind it in bits 4-7. A code
+//! is a sign (bit 3) and a magnitude (bits 0-2) of 0, ½, 1, 1½, 2, 3, 4, 6.
+//!
+//! NVFP4, a being the largest magnitude of the tensor and m that of a block, each operation rounded to
+//! `f32` by itself: g = a/2688 (2688 = 6·448); s = m/(6·g), 1 if that is 0, held to 2^−9..448, rounded to
+//! E4M3; the code is the nearest to w/(s·g), ties to the even code; −0 is the code of 0. Decoding:
+//! value·(s·g).
+//!
+//! MXFP4: the exponent is ⌈log₂(m/6)⌉, at least −127, where the quotient is rounded to `f32`, and so is
+//! the logarithm (a quotient just above a power of two counts as that power); it is stored with 127
+//! added. The code is the nearest to w/2^exponent, ties to the smaller magnitude. Zeros, also those that
+//! the quotient rounds to, are stored as minus zero. Decoding: value·2^exponent.
+//!
+//! Special cases:
+//! - NVFP4, g = 0 (a tensor of zeros, or of the least subnormals): g = 1 and codes of zero. ModelOpt
+//!   stores NaN in the scales of such blocks.
+//! - NVFP4, s·g = 0 (a < 10^−39): codes of zero. ModelOpt stores codes of 6, or of NaN as 7.
+//! - MXFP4 blocks of zeros: exponent −127.
+//! - Rows are multiples of 16 or 32; ModelOpt refuses others too.
+//! - NVFP4 in blocks of 32 (ModelOpt's W4A8) is decoded, and not encoded.
+//!
+//! Peer: ModelOpt 0.47 on CPU (unified export of a layer; `NVFP4QTensor`, `MXFP4QTensor`). The logarithm
+//! of MXFP4 is that of a correctly rounded `log2f`; torch's may differ by a unit in the last place, which
+//! no quotient was found for that it matters to. ModelOpt gives layers that run as one product (q, k and
+//! v; gate and up) one g, the largest of theirs; here each has its own.
+
+use super::scaled::{largest_magnitude, most_measured, put_magnitudes};
+use super::{
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+};
+use crate::codebook::ceil_log2;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::shape;
+
+/// Weights whose largest magnitude is one statistic.
+const RUN: u64 = 256;
+/// The largest value of a code.
+const MOST: f32 = 6.0;
+/// Values of codes, plain and with the sign of minus zero.
+const VALUES: [f32; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
+const SIGNED_VALUES: [f32; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
+
+/// Blocks of 16 with E4M3 scales.
+pub struct NvFp4;
+/// Blocks of 32 with powers of two.
+pub struct MxFp4;
+
+pub static NVFP4: NvFp4 = NvFp4;
+pub static MXFP4: MxFp4 = MxFp4;
+
+static NVFP4_INFO: Info = info("modelopt:nvfp4", 4.5);
+static MXFP4_INFO: Info = info("modelopt:mxfp4", 4.25);
+
+const fn info(name: &'static str, bits_per_weight: f64) -> Info {
+    Info {
+        name,
+        short: None,
+        container: "safetensors",
+        exactness: Exactness::Exact,
+        peer: "ModelOpt 0.47",
+        reader: "weightpack, vLLM, TensorRT-LLM, SGLang",
+        bits_per_weight,
+        encodes: Encodes::Always,
+    }
+}
+
+fn components(name: &str, shape: &[u64], block: u64, scales: Dtype) -> Result<Vec<Component>> {
+    let [outer @ .., columns] = shape else {
+        return Err(Error::format(format!("{name}: takes rows, got a scalar")));
+    };
+    if outer.is_empty() {
+        return Err(Error::format(format!(
+            "{name}: takes 2 dimensions or more, got shape {shape:?}"
+        )));
+    }
+    if !columns.is_multiple_of(block) {
+        return Err(Error::format(format!(
+            "{name}: row of {columns} weights is not a multiple of block_size {block}"
+        )));
+    }
+    let rows_of = |length: u64| [outer, &[length]].concat();
+    Ok(vec![
+        Component {
+            suffix: "".into(),
+            naming: Naming::Appended,
+            dtype: Dtype::U8,
+            shape: rows_of(columns / 2),
+            span: Span::Blocks {
+                weights: 2,
+                bytes: 1,
+            },
+        },
+        Component {
+            suffix: "weight_scale".into(),
+            naming: Naming::Sibling,
+            dtype: scales,
+            shape: rows_of(columns / block),
+            span: Span::Blocks {
+                weights: block,
+                bytes: 1,
+            },
+        },
+    ])
+}
+
+impl Format for NvFp4 {
+    fn info(&self) -> &'static Info {
+        &NVFP4_INFO
+    }
+
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
+        let block = match params.block_size {
+            Some(32) => 32,
+            _ => 16,
+        };
+        params.refuse_choices(NVFP4_INFO.name, Some(block))?;
+        let mut components = components(NVFP4_INFO.name, shape, block, Dtype::F8_E4M3)?;
+        components.push(Component {
+            suffix: "weight_scale_2".into(),
+            naming: Naming::Sibling,
+            dtype: Dtype::F32,
+            shape: Vec::new(),
+            span: Span::Whole,
+        });
+        Ok(Layout {
+            shape: shape.to_vec(),
+            weights: shape::count_weights(shape)?,
+            params: params.clone(),
+            components,
+            unit_weights: RUN,
+            statistics: Some(Span::Blocks {
+                weights: RUN,
+                bytes: 4,
+            }),
+        })
+    }
+
+    fn measure(
+        &self,
+        _layout: &Layout,
+        _first: u64,
+        weights: &[f32],
+        statistics: &mut [u8],
+    ) -> Result<()> {
+        put_magnitudes(RUN as usize, weights, statistics);
+        Ok(())
+    }
+
+    fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
+        let scale = most_measured(statistics) / (MOST * E4M3_MOST);
+        layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
+        Ok(())
+    }
+
+    fn check_encodes(&self, params: &Params) -> Result<()> {
+        params.refuse_choices(NVFP4_INFO.name, Some(16))
+    }
+
+    fn encode(
+        &self,
+        layout: &Layout,
+        _first: u64,
+        weights: &[f32],
+        _statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        let tensor_scale = layout.params.tensor_scale;
+        let [codes, scales, ..] = parts;
+        let blocks = weights.as_chunks().0.iter();
+        for ((weights, codes), scale) in blocks.zip(codes.as_chunks_mut().0).zip(scales.iter_mut())
+        {
+            *scale = encode_nvfp4(tensor_scale, weights, codes);
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        layout: &Layout,
+        _first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let [codes, scales, ..] = parts;
+        let block = if layout.params.block_size == Some(32) {
+            32
+        } else {
+            16
+        };
+        let blocks = weights
+            .chunks_exact_mut(block)
+            .zip(codes.chunks_exact(block / 2));
+        for ((weights, codes), &scale) in blocks.zip(*scales) {
+            let scale = of_e4m3(scale) * layout.params.tensor_scale;
+            decode_codes(&VALUES, scale, codes, weights);
+        }
+        Ok(())
+    }
+
+    fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
+        Ok(vec![(2, layout.params.tensor_scale.to_le_bytes().to_vec())])
+    }
+
+    fn tensor_scale(&self) -> Option<usize> {
+        Some(2)
+    }
+}
+
+impl Format for MxFp4 {
+    fn info(&self) -> &'static Info {
+        &MXFP4_INFO
+    }
+
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
+        params.refuse_choices(MXFP4_INFO.name, Some(32))?;
+        Ok(Layout {
+            shape: shape.to_vec(),
+            weights: shape::count_weights(shape)?,
+            params: params.clone(),
+            components: components(MXFP4_INFO.name, shape, 32, Dtype::U8)?,
+            unit_weights: 32,
+            statistics: None,
+        })
+    }
+
+    fn encode(
+        &self,
+        _layout: &Layout,
+        _first: u64,
+        weights: &[f32],
+        _statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        let [codes, scales, ..] = parts;
+        let blocks = weights.as_chunks().0.iter();
+        for ((weights, codes), scale) in blocks.zip(codes.as_chunks_mut().0).zip(scales.iter_mut())
+        {
+            *scale = encode_mxfp4(weights, codes);
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        _layout: &Layout,
+        _first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let [codes, scales, ..] = parts;
+        let blocks = weights.chunks_exact_mut(32).zip(codes.chunks_exact(16));
+        for ((weights, codes), &scale) in blocks.zip(*scales) {
+            decode_codes(&SIGNED_VALUES, of_e8m0(scale), codes, weights);
+        }
+        Ok(())
+    }
+}
+
+/// Codes of a block; gives its scale.
+#[inline(always)]
+fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) -> u8 {
+    let quotient = largest_magnitude(weights) / (MOST * tensor_scale);
+    let quotient = if quotient == 0.0 { 1.0 } else { quotient };
+    let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
+    let by = of_e4m3(scale) * tensor_scale;
+    // What is too small for a scale becomes zero.
+    let by = if by > 0.0 { by } else { f32::INFINITY };
+    let mut codes = [0u8; 16];
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        let x = weight / by;
+        let size = x.abs();
+        let above = |bound: f32| u8::from(size > bound);
+        let at_least = |bound: f32| u8::from(size >= bound);
+        *code = above(0.25)
+            + at_least(0.75)
+            + above(1.25)
+            + at_least(1.75)
+            + above(2.5)
+            + at_least(3.5)
+            + above(5.0)
+            | u8::from(x < 0.0) << 3;
+    }
+    pack(&codes, packed);
+    scale
+}
+
+/// Codes of a block; gives its scale.
+#[inline(always)]
+fn encode_mxfp4(weights: &[f32; 32], packed: &mut [u8; 16]) -> u8 {
+    let quotient = largest_magnitude(weights) / MOST;
+    let exponent = match quotient > 0.0 {
+        true => ceil_log2(quotient).max(-127),
+        false => -127,
+    };
+    // 2^-exponent, which is a normal number: the quotient is less than 2^126.
+    let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
+    let mut codes = [0u8; 32];
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        let x = weight * factor;
+        let size = x.abs();
+        let above = |bound: f32| u8::from(size > bound);
+        *code = above(0.25)
+            + above(0.75)
+            + above(1.25)
+            + above(1.75)
+            + above(2.5)
+            + above(3.5)
+            + above(5.0)
+            | u8::from(x <= 0.0) << 3;
+    }
+    pack(&codes, packed);
+    (exponent + 127) as u8
+}
+
+/// Two codes to a byte, the first in the low half.
+#[inline(always)]
+fn pack(codes: &[u8], packed: &mut [u8]) {
+    for (byte, pair) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+        *byte = pair[0] | pair[1] << 4;
+    }
+}
+
+fn decode_codes(values: &[f32; 16], scale: f32, codes: &[u8], weights: &mut [f32]) {
+    for (pair, &byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+        pair[0] = values[usize::from(byte & 15)] * scale;
+        pair[1] = values[usize::from(byte >> 4)] * scale;
+    }
+}
