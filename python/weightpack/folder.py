@@ -28,7 +28,7 @@ STEMS = ("model", "diffusion_pytorch_model")
 
 _INDEX = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5,}-of-(?P<count>\d{5,})\.(safetensors|gguf)$")
-_WRITTEN_ANEW = frozenset({CONFIG, "quanto_qmap.json"})
+_WRITTEN_ANEW = frozenset({CONFIG, BESIDE, "quanto_qmap.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".npz", ".gguf", ".pdparams")
 _LEFT_OUT_FILES = re.compile(r"^(training_args\.bin|optimizer.*|scheduler\.pt|rng_state.*|.*\.index(\..+)?\.json)$")

@@ -24,6 +24,10 @@ use super::workspace;
 const SLAB_BYTES: u64 = 4 << 20;
 
 /// What happens to a tensor.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one for each tensor of a plan, and most of them encode"
+)]
 pub enum Action {
     /// Its stored bytes are written as they are.
     Copy,

@@ -284,14 +284,14 @@ fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) ->
         let size = x.abs();
         let above = |bound: f32| u8::from(size > bound);
         let at_least = |bound: f32| u8::from(size >= bound);
-        *code = above(0.25)
+        let magnitude = above(0.25)
             + at_least(0.75)
             + above(1.25)
             + at_least(1.75)
             + above(2.5)
             + at_least(3.5)
-            + above(5.0)
-            | u8::from(x < 0.0) << 3;
+            + above(5.0);
+        *code = magnitude | u8::from(x < 0.0) << 3;
     }
     pack(&codes, packed);
     scale
@@ -312,14 +312,14 @@ fn encode_mxfp4(weights: &[f32; 32], packed: &mut [u8; 16]) -> u8 {
         let x = weight * factor;
         let size = x.abs();
         let above = |bound: f32| u8::from(size > bound);
-        *code = above(0.25)
+        let magnitude = above(0.25)
             + above(0.75)
             + above(1.25)
             + above(1.75)
             + above(2.5)
             + above(3.5)
-            + above(5.0)
-            | u8::from(x <= 0.0) << 3;
+            + above(5.0);
+        *code = magnitude | u8::from(x <= 0.0) << 3;
     }
     pack(&codes, packed);
     (exponent + 127) as u8

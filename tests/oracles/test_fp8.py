@@ -68,7 +68,7 @@ def test_what_cannot_be_packed():
     parts = wp.quantize(torch.full((128, 256), 1e-40), "fp8:block")
     assert wp.dequantize(parts, "fp8:block").abs().max() == 0
     assert torch.equal(parts["weight_scale_inv"], torch.ones(1, 2))
-    with pytest.raises(FormatError, match="nan"):
+    with pytest.raises(FormatError, match="NaN"):
         wp.quantize(torch.full((128, 128), torch.nan), "fp8:block")
     with pytest.raises(FormatError, match="2 dimensions"):
         wp.quantize(torch.ones(128), "fp8:block")
@@ -137,11 +137,11 @@ def test_slabs_change_nothing(tmp_path):
             )
             results.add(out.read_bytes())
         assert len(results) == 1, to
-    decoded = wp.dequantize(parts, "fp8:block", dtype="bfloat16")
+    decoded = wp.dequantize(parts, "fp8:block", dtype="float32")
     expected = wp.dequantize(wp.quantize(decoded, "q4_k"), "q4_k")
     with wp.open_checkpoint(tmp_path / "out.gguf") as checkpoint:
         found = torch.from_numpy(checkpoint.read("l.up_proj.weight", "float32"))
-    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(found, expected)
 
 
 def test_a_host_loads_what_is_converted(tmp_path):

@@ -225,7 +225,8 @@ def llama(tmp_path_factory):
     config = transformers.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"])
     model = transformers.LlamaForCausalLM(config).bfloat16().eval()
     folder = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(folder)
+    # Saving leaves names of types in a config, which ModelOpt does not take.
+    copy.deepcopy(model).save_pretrained(folder)
     return folder, model
 
 
@@ -298,7 +299,6 @@ def test_a_converted_model_is_that_of_modelopt(converted, exports, name):
             left_out = ours["quantization"].pop("exclude_modules")
             assert theirs["quantization"].pop("exclude_modules") == [*left_out, "model.embed_tokens"]
         assert ours == theirs
-        assert list(ours) == list(theirs)
 
 
 @pytest.mark.parametrize("name", MODELS)
