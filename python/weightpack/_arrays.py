@@ -29,7 +29,6 @@ NUMPY_DTYPES: dict[str, Any] = {
     "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 """Element types of arrays, by their name in the table of types."""

@@ -125,7 +125,7 @@ def dequantize(
     >>> float(abs(decoded - weights).max()) < 0.005
     True
     """
-    first = _main_of_256(format)["suffix"]
+    first = _main_of_two_rows(format)["suffix"]
     if not isinstance(components, Mapping):
         components = {first: components}
     if first not in components:

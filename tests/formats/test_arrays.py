@@ -102,8 +102,10 @@ def test_out_is_filled_in_place(torch):
     double_quant=st.booleans(),
 )
 def test_shapes_survive(name, rows, blocks, extra, double_quant):
-    if name.startswith("gguf"):
+    if name.startswith(("gguf", "modelopt")):
         extra = 0
+    if name == "modelopt:int4":
+        rows *= 2
     source = weights(rows, 256 * blocks + extra)
     params = {"double_quant": double_quant} if name.endswith("f4") else {}
     decoded = wp.dequantize(wp.quantize(source, name, **params), name)

@@ -7,7 +7,7 @@ the tensor, which other libraries store, are read, and never left in a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..decision import Decision, Target
@@ -15,10 +15,11 @@ from ..entry import FLOATS
 from ..skip_list import settle
 from .table import HostConfig
 
-__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("fp8",)
 _BLOCK = "fp8:block"
+_ARRAYS = (".weight_scale_inv",)
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
@@ -32,7 +33,7 @@ def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
     return settled
 
 
-def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
+def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:
     """The section; nothing else is needed."""
     return HostConfig(
         {
@@ -46,3 +47,13 @@ def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: s
             "weight_block_size": [128, 128],
         }
     )
+
+
+def leftovers(names: Iterable[str]) -> list[str]:
+    """Scales without a weight that is decoded."""
+    return [name for name in names if name.endswith(_ARRAYS)]
+
+
+def describes(key: str, value: str) -> bool:
+    """Nothing is told by metadata."""
+    return False

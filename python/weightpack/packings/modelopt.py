@@ -14,12 +14,13 @@ from typing import Any
 from ..decision import Decision, Target
 from ..entry import FLOATS
 from ..errors import ConfigError, UnsupportedError
-from .table import HostConfig
+from .table import HostConfig, packed_of
 
-__all__ = ["METHODS", "host_config", "one_kind", "settle"]
+__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("modelopt",)
 FILE = "hf_quant_config.json"
+_ARRAYS = (".weight_scale", ".weight_scale_2", ".pre_quant_scale", ".weight_quantizer._scale")
 _VERSION = "0.47.0"
 """The release whose layout this is."""
 _ALGORITHMS = {
@@ -78,8 +79,9 @@ def settle(
     return sorted({shortened(path) for path in kept}), {}
 
 
-def host_config(packed: Sequence[Decision], skip_list: Sequence[str], compute: str) -> HostConfig:
+def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:
     """The section, and `hf_quant_config.json`."""
+    packed = packed_of(decisions)
     kind = packed[0].result
     with_activations = any(part.name.endswith(".input_scale") for d in packed for part in d.entry.parts if _copied(d))
     algorithm = _WITH_ACTIVATIONS.get(kind, _ALGORITHMS[kind]) if with_activations else _ALGORITHMS[kind]
@@ -128,3 +130,13 @@ def _group_size(packed: Sequence[Decision]) -> int:
         if _copied(decision) and scales:
             return int(decision.entry.shape[-1] // scales[0].shape[-1])
     return 128
+
+
+def leftovers(names: Iterable[str]) -> list[str]:
+    """Scales without a weight that is decoded."""
+    return [name for name in names if name.endswith(_ARRAYS)]
+
+
+def describes(key: str, value: str) -> bool:
+    """Nothing is told by metadata."""
+    return False
