@@ -284,6 +284,8 @@ SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_model_is_that_of_modelopt(converted, exports, name):
     found, expected = stored(converted(name)), stored(exports(name))
+    # Ranges of activations take a calibration; ModelOpt's preset for FP8 has one.
+    expected = {key: value for key, value in expected.items() if not key.endswith(".input_scale")}
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key

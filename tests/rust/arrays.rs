@@ -51,7 +51,12 @@ fn bound(info: &Info) -> f32 {
         // Half of the widest gap between values, and of a 16-bit step of the scale.
         "bitsandbytes:nf4" => 0.152,
         "bitsandbytes:fp4" => 0.167,
-        "bitsandbytes:int8" => 0.5 / 127.0 + 0.001,
+        name if name.ends_with(":int8") => 0.5 / 127.0 + 0.001,
+        // Half of the widest gap, 32 of 448.
+        name if name.contains("fp8") || name.ends_with(":float8") => 0.037,
+        // Half a step of 7; half of the widest gap of E2M1, 2 of 6, below a rounded scale.
+        "modelopt:int4" => 0.075,
+        "modelopt:mxfp4" | "modelopt:nvfp4" => 0.26,
         // The extreme that has the other sign is cut to one step less.
         "gguf:q4_0" => 1.01 / 8.0,
         "gguf:q5_0" => 1.01 / 16.0,
@@ -79,6 +84,8 @@ proptest! {
         scale in -3i32..3,
         weights in prop::collection::vec(-1.0f32..1.0, 6 * 5 * 256),
     ) {
+        // Some formats put two rows into one.
+        let rows = rows.next_multiple_of(2);
         let shape = [rows, 256 * blocks];
         let count = (rows * 256 * blocks) as usize;
         let weights: Vec<f32> = weights[..count].iter().map(|x| x * 10f32.powi(scale)).collect();
@@ -89,7 +96,9 @@ proptest! {
             }
             // Groups of weights that share a scale.
             let (group, block_size) = match name {
-                "bitsandbytes:int8" => (256 * blocks as usize, None),
+                name if name.ends_with(":int8") => (256 * blocks as usize, None),
+                _ if name.contains("fp8") || name.ends_with(":float8") => (count, None),
+                _ if name.starts_with("modelopt") => (count, None),
                 _ if name.starts_with("bitsandbytes") => (32, Some(32)),
                 _ if name.starts_with("gguf") => {
                     let unit = format.layout(&[1, 256], &Params::default()).unwrap().unit_weights;
