@@ -25,7 +25,7 @@ CASES = [
 def test_vector(case):
     if case["source"] is None:
         parts = {
-            name: np.frombuffer(bytes.fromhex(part["data"]), np.uint8).reshape(part["shape"])
+            name: np.frombuffer(bytes.fromhex(part["data"]), DTYPES.get(part["dtype"], np.uint8)).reshape(part["shape"])
             for name, part in case["components"].items()
         }
     else:

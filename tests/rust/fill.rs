@@ -74,7 +74,8 @@ fn filled(
 
 #[test]
 fn every_format_from_every_type_with_any_number_of_threads() {
-    let shapes = [[1, 256], [0, 256], [301, 4096], [33, 512]];
+    // Even numbers of rows: some formats put two into one.
+    let shapes = [[2, 256], [0, 256], [302, 4096], [34, 512]];
     for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64] {
         let tensors: Vec<_> = shapes
             .iter()
