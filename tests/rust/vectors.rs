@@ -174,6 +174,12 @@ fn every_format_has_a_vector() {
     let cases = all_cases();
     for format in formats::FORMATS {
         let name = format.info().name;
+        if (0..4).any(|component| format.is_transposed(component))
+            || name == "compressed-tensors:int"
+        {
+            // Only a checkpoint says how its arrays are to be read.
+            continue;
+        }
         let mut own = cases
             .iter()
             .filter(|case| case.format.info().name == name)
