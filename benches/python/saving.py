@@ -110,16 +110,18 @@ def measure(way: str, host: str, folder: str, place: str) -> dict[str, Any]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    started = time.perf_counter()
-    save()
-    unsynced = time.perf_counter() - started
-    if way != "weightpack":
-        for file in Path(place).iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-    seconds = time.perf_counter() - started
-    over.set()
-    sampler.join()
+    try:
+        started = time.perf_counter()
+        save()
+        unsynced = time.perf_counter() - started
+        if way != "weightpack":
+            for file in Path(place).iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        seconds = time.perf_counter() - started
+    finally:
+        over.set()
+        sampler.join()
     files = list(Path(place).iterdir())
     return {
         "seconds": seconds,
