@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 
 import pytest
 
@@ -240,6 +241,10 @@ def test_one_is_told_what_transformers_alone_would_do(tmp_path, how):
     model = pack(tmp_path, "llama", how)
     with pytest.warns(UserWarning, match="transformers by itself .*: what is saved loads with weightpack"):
         wp.save_pretrained(model, tmp_path / "saved")
+    if how == "modelopt FP8":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            wp.save_pretrained(model, tmp_path / "export", form="unified")
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):

@@ -53,7 +53,8 @@ class Host(Protocol):
     type of a parameter that is not packed; `config_from_gguf(weights)` and `gguf_names(model, shapes)`
     for GGUF files; `left_unpacked(model, quantizer, in_fp32)`, those of the modules kept in float32 that
     are not packed either (all of them where there is no such method); `quantizer_for(model)`, what is known
-    of a model that the host packed with a quantizer of its own, or `None`.
+    of a model that the host packed with a quantizer of its own, or `None`; `unread(quantizer)`, what becomes
+    of a saved model in the host's own hands where the host has no reader for it, else `None`.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,6 +115,10 @@ def part_of(
         named, more = quantizer.written_form({stored.name: stored.tensor for stored in tensors})
         tensors = [replace(stored, tensor=named[stored.name]) for stored in tensors]
         texts = dict(_with_more(texts, more))
+    unread = getattr(host, "unread", None)
+    fate = None if form is not None or unread is None else unread(quantizer)
+    if fate is not None:
+        warnings.warn(fate, stacklevel=3)
     stem = host.stem or "model"
     return Part(
         tensors,

@@ -187,6 +187,12 @@ class TransformersHost:
 
         return stored_tensors(model, quantizer, state)
 
+    def unread(self, quantizer: Any) -> str | None:
+        """See `saving.unread`."""
+        from .saving import unread
+
+        return unread(quantizer)
+
     def files(self, model: Any, quantizer: Any) -> Mapping[str, str]:
         """See `saved_config.files`."""
         from .saved_config import files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,19 +19,12 @@ _UNREAD = {
 def stored_tensors(model: Any, quantizer: Any, state: Mapping[str, Any]) -> list[Stored]:
     """`state` without what the class does not save, of tied parameters one, under the names of its checkpoints.
 
-    Raises `ConfigError` for a model with adapters. Warns where only weightpack reads what is saved.
+    Raises `ConfigError` for a model with adapters.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             f"{type(model).__name__} has adapters on it, which are not saved here",
             hint="save_pretrained of the model itself saves the adapters alone; delete_adapter() removes them",
-        )
-    method = "" if quantizer is None else str(quantizer.config.quant_method)
-    if method in _UNREAD:
-        warnings.warn(
-            f"transformers by itself {_UNREAD[method]}: what is saved loads with weightpack.from_pretrained, or "
-            "after weightpack.integrations.transformers.register()",
-            stacklevel=5,
         )
     ignored = set(model._keys_to_ignore_on_save or ())
     kept = {name: tensor for name, tensor in state.items() if name not in ignored and hasattr(tensor, "dtype")}
@@ -40,6 +32,17 @@ def stored_tensors(model: Any, quantizer: Any, state: Mapping[str, Any]) -> list
     for name in _repeated(model, kept, packed):
         del kept[name]
     return [Stored(name, tensor) for name, tensor in under_original_names(model, kept, packed).items()]
+
+
+def unread(quantizer: Any) -> str | None:
+    """What becomes of a model in transformers' own hands, where that is not what was saved."""
+    method = "" if quantizer is None else str(quantizer.config.quant_method)
+    if method not in _UNREAD:
+        return None
+    return (
+        f"transformers by itself {_UNREAD[method]}: what is saved loads with weightpack.from_pretrained, or "
+        "after weightpack.integrations.transformers.register()"
+    )
 
 
 def _packed(model: Any, quantizer: Any) -> set[str]:
