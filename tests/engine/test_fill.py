@@ -155,7 +155,7 @@ def test_what_is_transposed(model: wp.Checkpoint, make_model: Callable[..., Path
     same(found, wp.quantize(np.ascontiguousarray(tall.T), "nf4"))
     for name in ("stack.weight", "a.bias", "steps"):
         told = broken(Job(name, "copy", transpose=True), model, [np.empty(1, np.uint8)])
-        assert "is not transposed: only matrices of floating point numbers are" in told
+        assert "is not transposed: only matrices of plain numbers are" in told
         assert name in told
     told = broken(Job("a.weight", "f32", shape=(512, 301), transpose=True), model)
     assert told.startswith("ConfigError: a transposed matrix is not put into another shape")
