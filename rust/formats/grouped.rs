@@ -121,7 +121,7 @@ impl Grouped {
     fn integers<'p>(&self, params: &'p Params) -> Result<&'p Integers> {
         params.integers.as_deref().ok_or_else(|| {
             Error::unsupported(format!(
-                "{}: arrays of this kind are decoded from a checkpoint, which says how they are packed",
+                "{}: is decoded, and not encoded, and only from a checkpoint, which says how it is packed",
                 self.info.name
             ))
         })
