@@ -36,14 +36,16 @@ pub fn to_e4m3(x: f32) -> u8 {
 /// The value of an E4M3 code.
 #[inline(always)]
 pub fn of_e4m3(code: u8) -> f32 {
-    let code = u32::from(code);
-    let size = code & 0x7f;
-    let normal = (size << 20) + (120 << 23);
-    // Exact: at most 7 steps of 2^-9.
-    let subnormal = (size as f32 * (1.0 / 512.0)).to_bits();
-    let bits = if size < 8 { subnormal } else { normal };
-    let bits = if size == 0x7f { 0x7fc0_0000 } else { bits };
-    f32::from_bits(bits | (code & 0x80) << 24)
+    let sign = u32::from(code & 0x80) << 24;
+    let size = u32::from(code & 0x7f);
+    // With the bits in place the exponent is 120 too small, for subnormal numbers as well.
+    let value = f32::from_bits(size << 20) * f32::from_bits((127 + 120) << 23);
+    let bits = if size == 0x7f {
+        0x7fc0_0000
+    } else {
+        value.to_bits()
+    };
+    f32::from_bits(bits | sign)
 }
 
 /// The value of an E8M0 code.

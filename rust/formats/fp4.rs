@@ -31,7 +31,8 @@
 //! no quotient was found for that it matters to. ModelOpt gives layers that run as one product (q, k and
 //! v; gate and up) one g, the largest of theirs; here each has its own.
 
-use super::scaled::{largest_magnitude, most_measured, put_magnitudes};
+use super::rows8::largest_body;
+use super::scaled::{most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
@@ -41,8 +42,6 @@ use crate::error::{Error, Result};
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
 use crate::shape;
 
-/// Weights whose largest magnitude is one statistic.
-const RUN: u64 = 256;
 /// The largest value of a code.
 const MOST: f32 = 6.0;
 /// Values of codes, plain and with the sign of minus zero.
@@ -141,10 +140,7 @@ impl Format for NvFp4 {
             params: params.clone(),
             components,
             unit_weights: RUN,
-            statistics: Some(Span::Blocks {
-                weights: RUN,
-                bytes: 4,
-            }),
+            statistics: Some(MAGNITUDES),
         })
     }
 
@@ -155,7 +151,7 @@ impl Format for NvFp4 {
         weights: &[f32],
         statistics: &mut [u8],
     ) -> Result<()> {
-        put_magnitudes(RUN as usize, weights, statistics);
+        put_magnitudes(weights, statistics);
         Ok(())
     }
 
@@ -272,7 +268,7 @@ impl Format for MxFp4 {
 /// Codes of a block; gives its scale.
 #[inline(always)]
 fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) -> u8 {
-    let quotient = largest_magnitude(weights) / (MOST * tensor_scale);
+    let quotient = largest_body(weights) / (MOST * tensor_scale);
     let quotient = if quotient == 0.0 { 1.0 } else { quotient };
     let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
     let by = of_e4m3(scale) * tensor_scale;
@@ -300,7 +296,7 @@ fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) ->
 /// Codes of a block; gives its scale.
 #[inline(always)]
 fn encode_mxfp4(weights: &[f32; 32], packed: &mut [u8; 16]) -> u8 {
-    let quotient = largest_magnitude(weights) / MOST;
+    let quotient = largest_body(weights) / MOST;
     let exponent = match quotient > 0.0 {
         true => ceil_log2(quotient).max(-127),
         false => -127,

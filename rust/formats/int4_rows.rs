@@ -15,7 +15,7 @@
 //!
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer packed as INT4 in blocks).
 
-use super::scaled::largest_magnitude;
+use super::rows8::largest_body;
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
@@ -122,7 +122,7 @@ impl Format for Int4Rows {
                     .zip(codes.chunks_exact_mut(block))
                     .zip(scales.as_chunks_mut().0);
                 for ((weights, codes), place) in runs {
-                    let scale = scale_for(largest_magnitude(weights));
+                    let scale = scale_for(largest_body(weights));
                     *place = scale.to_le_bytes();
                     for (code, &weight) in codes.iter_mut().zip(weights) {
                         let kept = if shift == 0 { 0 } else { *code };

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::float8::E4M3_MOST;
 use crate::kernels::{self, Level};
 use crate::{float, shape};
 
@@ -197,7 +198,7 @@ pub fn encode_row(
 ) -> f32 {
     let most = match kind {
         Codes::Int8 => 127.0,
-        Codes::E4m3 => rows8::LARGEST_E4M3,
+        Codes::E4m3 => E4M3_MOST,
     };
     let scale = rows8::round_to(dtype, rows8::largest(level, weights) / most);
     if scale == 0.0 {

@@ -13,6 +13,7 @@
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
+use crate::float8::{of_e4m3, to_e4m3};
 use crate::kernels::{self, Level};
 
 /// What a code is.
@@ -33,17 +34,9 @@ pub enum Scaling {
     Quotient(Dtype),
 }
 
-/// Largest number of E4M3.
-pub const LARGEST_E4M3: f32 = 448.0;
-
 /// 1.5·2²³: added to a number of magnitude below 2²², it rounds that to a whole number, ties to even,
 /// whose last bits are then those of the sum.
 const TO_WHOLE: f32 = 12_582_912.0;
-
-/// 2¹⁴, whose steps are those of the subnormal numbers of E4M3.
-const TO_E4M3_STEPS: f32 = 16_384.0;
-/// Smallest normal number of E4M3.
-const SMALLEST_E4M3: f32 = 0.015_625;
 
 /// The type that a library computes in for weights that decode to `dtype`: that one, or F32 for those
 /// that it has no kernels for.
@@ -104,7 +97,7 @@ pub(crate) fn encode_body(
 ) {
     match kind {
         Codes::Int8 => scaled(scaling, factor, weights, codes, nearest_int8),
-        Codes::E4m3 => scaled(scaling, factor, weights, codes, nearest_e4m3),
+        Codes::E4m3 => scaled(scaling, factor, weights, codes, to_e4m3),
     }
 }
 
@@ -154,7 +147,7 @@ pub(crate) fn decode_body(kind: Codes, zero: i8, scale: f32, codes: &[u8], weigh
         }
         Codes::E4m3 => {
             for (weight, &code) in weights.iter_mut().zip(codes) {
-                *weight = e4m3(code) * scale;
+                *weight = of_e4m3(code) * scale;
             }
         }
     }
@@ -178,39 +171,6 @@ fn nearest_int8(value: f32) -> u8 {
     (limited + TO_WHOLE).to_bits() as u8
 }
 
-#[inline(always)]
-fn nearest_e4m3(value: f32) -> u8 {
-    let bits = value.to_bits();
-    let sign = (bits >> 24) & 0x80;
-    let magnitude = f32::from_bits(bits & 0x7fff_ffff).min(LARGEST_E4M3);
-    // A carry out of the fraction is one more in the exponent, as it should be.
-    let bits = magnitude.to_bits();
-    let normal =
-        (bits.wrapping_add(0x7_ffff + (bits >> 20 & 1)) >> 20).wrapping_sub((127 - 7) << 3);
-    let subnormal = (magnitude + TO_E4M3_STEPS).to_bits() - TO_E4M3_STEPS.to_bits();
-    let code = if magnitude < SMALLEST_E4M3 {
-        subnormal
-    } else {
-        normal
-    };
-    (sign | code) as u8
-}
-
-/// The number of an E4M3 code; NaN for 0x7f and 0xff.
-#[inline(always)]
-fn e4m3(code: u8) -> f32 {
-    let sign = u32::from(code & 0x80) << 24;
-    let rest = u32::from(code & 0x7f);
-    // With the bits in place the exponent is 120 too small, for subnormal numbers as well.
-    let value = f32::from_bits(rest << 20) * f32::from_bits((127 + 120) << 23);
-    let bits = if rest == 0x7f {
-        0x7fc0_0000
-    } else {
-        value.to_bits()
-    };
-    f32::from_bits(bits | sign)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,13 +191,13 @@ mod tests {
     }
 
     fn encode(value: f32) -> u8 {
-        nearest_e4m3(value)
+        to_e4m3(value)
     }
 
     #[test]
     fn every_code_survives_the_round_trip() {
         for code in 0..=u8::MAX {
-            let weight = e4m3(code);
+            let weight = of_e4m3(code);
             if code & 0x7f == 0x7f {
                 assert!(weight.is_nan());
             } else {

@@ -32,18 +32,24 @@
 //! 128 only; ModelOpt 0.47 on CPU (unified export of a layer) for `modelopt:*`. `fp8:row` and
 //! `fp8:tensor` are what compressed-tensors and others store, and are decoded only.
 
+use super::rows8::{self, Codes, Scaling};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
-use crate::{float, shape};
+use crate::float8::{of_e8m0, E4M3_MOST};
+use crate::{kernels, shape};
 
 /// Rows and columns that share a scale, where blocks do.
 const BLOCK: u64 = 128;
 /// Weights whose largest magnitude is one statistic, in formats with one scale.
-const RUN: u64 = 256;
+pub(super) const RUN: u64 = 256;
+/// What such formats collect in their first pass, by [`put_magnitudes`].
+pub(super) const MAGNITUDES: Span = Span::Blocks {
+    weights: RUN,
+    bytes: 4,
+};
 
 /// A format of this family.
 pub struct Scaled {
@@ -52,12 +58,6 @@ pub struct Scaled {
     share: Share,
     suffix: &'static str,
     recipe: Recipe,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Codes {
-    E4m3,
-    Int8,
 }
 
 /// Which weights share a scale.
@@ -200,28 +200,17 @@ impl Scaled {
 
     /// Codes of weights that share a scale; `by` is the second part of [`Scaled::scale`].
     fn encode_run(&self, dtype: Dtype, by: f32, weights: &[f32], codes: &mut [u8]) {
-        let is_quotient = self.recipe != Recipe::Reciprocal;
-        match (self.codes, self.share, dtype) {
-            (Codes::Int8, ..) => each(weights, codes, |x| to_int8(x / by)),
-            (_, Share::Tensor, Dtype::BF16) => {
-                each(weights, codes, |x| to_e4m3(through_bf16(x / by)));
-            }
-            (_, Share::Tensor, Dtype::F16) => {
-                each(weights, codes, |x| to_e4m3(float::through_f16(x / by)));
-            }
-            _ if is_quotient => each(weights, codes, |x| to_e4m3(x / by)),
-            _ => each(weights, codes, |x| to_e4m3(x * by)),
-        }
+        let scaling = match (self.recipe, self.codes, self.share) {
+            (Recipe::Reciprocal, ..) => Scaling::Product,
+            // One scale for a tensor divides in the type of the weights.
+            (Recipe::Quotient, Codes::E4m3, Share::Tensor) => Scaling::Quotient(dtype),
+            (Recipe::Quotient, ..) => Scaling::Quotient(Dtype::F32),
+        };
+        rows8::encode(kernels::level(), self.codes, scaling, by, weights, codes);
     }
 
     fn decode_run(&self, scale: f32, codes: &[u8], weights: &mut [f32]) {
-        let runs = weights.iter_mut().zip(codes);
-        match self.codes {
-            Codes::E4m3 => runs.for_each(|(weight, &code)| *weight = of_e4m3(code) * scale),
-            Codes::Int8 => {
-                runs.for_each(|(weight, &code)| *weight = f32::from(code.cast_signed()) * scale);
-            }
-        }
+        rows8::decode(kernels::level(), self.codes, 0, scale, codes, weights);
     }
 }
 
@@ -300,10 +289,7 @@ impl Format for Scaled {
                 },
             ],
             unit_weights,
-            statistics: (self.share == Share::Tensor).then_some(Span::Blocks {
-                weights: RUN,
-                bytes: 4,
-            }),
+            statistics: (self.share == Share::Tensor).then_some(MAGNITUDES),
         })
     }
 
@@ -314,7 +300,7 @@ impl Format for Scaled {
         weights: &[f32],
         statistics: &mut [u8],
     ) -> Result<()> {
-        put_magnitudes(RUN as usize, weights, statistics);
+        put_magnitudes(weights, statistics);
         Ok(())
     }
 
@@ -342,7 +328,7 @@ impl Format for Scaled {
                 let columns = shape::to_usize(layout.unit_weights)?.max(1);
                 let rows = weights.chunks(columns).zip(codes.chunks_mut(columns));
                 for ((weights, codes), place) in rows.zip(scales.as_chunks_mut().0) {
-                    let (scale, by) = self.scale(largest_magnitude(weights), dtype);
+                    let (scale, by) = self.scale(rows8::largest(kernels::level(), weights), dtype);
                     self.encode_run(dtype, by, weights, codes);
                     *place = scale.to_le_bytes();
                 }
@@ -357,7 +343,7 @@ impl Format for Scaled {
                     factors.fill(0.0);
                     for row in weights.chunks_exact(columns) {
                         for (most, run) in factors.iter_mut().zip(row.chunks(size)) {
-                            *most = largest_magnitude(run).max(*most);
+                            *most = rows8::largest(kernels::level(), run).max(*most);
                         }
                     }
                     for (factor, place) in factors.iter_mut().zip(scales.as_chunks_mut().0) {
@@ -488,10 +474,13 @@ fn least_normal(dtype: Dtype) -> f32 {
     }
 }
 
-/// Largest magnitude of every `size` weights.
-pub(super) fn put_magnitudes(size: usize, weights: &[f32], statistics: &mut [u8]) {
-    for (run, place) in weights.chunks(size).zip(statistics.as_chunks_mut().0) {
-        *place = largest_magnitude(run).to_le_bytes();
+/// Largest magnitude of every [`RUN`] weights.
+pub(super) fn put_magnitudes(weights: &[f32], statistics: &mut [u8]) {
+    for (run, place) in weights
+        .chunks(RUN as usize)
+        .zip(statistics.as_chunks_mut().0)
+    {
+        *place = rows8::largest(kernels::level(), run).to_le_bytes();
     }
 }
 
@@ -499,35 +488,4 @@ pub(super) fn put_magnitudes(size: usize, weights: &[f32], statistics: &mut [u8]
 pub(super) fn most_measured(statistics: &[u8]) -> f32 {
     let measured = statistics.as_chunks().0.iter();
     measured.fold(0.0, |most, bytes| f32::from_le_bytes(*bytes).max(most))
-}
-
-/// The largest magnitude; the bits of magnitudes have the order of their values.
-#[inline(always)]
-pub(super) fn largest_magnitude(weights: &[f32]) -> f32 {
-    let most = weights
-        .iter()
-        .fold(0, |most, weight| (weight.to_bits() & 0x7fff_ffff).max(most));
-    f32::from_bits(most)
-}
-
-#[inline(always)]
-fn each(weights: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
-    for (place, &weight) in codes.iter_mut().zip(weights) {
-        *place = code(weight);
-    }
-}
-
-/// The nearest integer from -128 to 127, ties to even.
-#[inline(always)]
-fn to_int8(x: f32) -> u8 {
-    /// In its neighbourhood the step between numbers is 1, and it is a multiple of 256.
-    const SHIFT: f32 = 12_582_912.0;
-    (x.clamp(-128.0, 127.0) + SHIFT).to_bits() as u8
-}
-
-/// A finite number rounded to BF16 and back.
-#[inline(always)]
-fn through_bf16(x: f32) -> f32 {
-    let bits = x.to_bits();
-    f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
 }

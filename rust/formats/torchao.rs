@@ -34,6 +34,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::float8::E4M3_MOST;
 use crate::kernels::{self, Level};
 use crate::shape;
 
@@ -175,7 +176,7 @@ pub fn encode_row(
             (scale, Scaling::Product, 1.0 / scale)
         }
         Codes::E4m3 => {
-            let scale = rows8::round_to(dtype, largest / rows8::LARGEST_E4M3);
+            let scale = rows8::round_to(dtype, largest / E4M3_MOST);
             if scale == 0.0 {
                 codes.fill(0);
                 return f32::MIN_POSITIVE;

@@ -1,30 +1,3 @@
-//! Rows of one byte per weight: the portable bodies, compiled for wider vectors.
+//! Rows of one byte per weight.
 
-use crate::formats::rows8::{self, Codes, Scaling};
-
-#[target_feature(enable = "avx2")]
-pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
-    rows8::largest_body(weights)
-}
-
-#[target_feature(enable = "avx2")]
-pub(in crate::kernels) fn encode_row8(
-    kind: Codes,
-    scaling: Scaling,
-    factor: f32,
-    weights: &[f32],
-    codes: &mut [u8],
-) {
-    rows8::encode_body(kind, scaling, factor, weights, codes);
-}
-
-#[target_feature(enable = "avx2")]
-pub(in crate::kernels) fn decode_row8(
-    kind: Codes,
-    zero: i8,
-    scale: f32,
-    codes: &[u8],
-    weights: &mut [f32],
-) {
-    rows8::decode_body(kind, zero, scale, codes, weights);
-}
+crate::kernels::row8_bodies::row8_bodies!("avx2");

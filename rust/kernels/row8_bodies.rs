@@ -1,0 +1,36 @@
+//! The portable bodies for rows of one byte per weight, compiled for the vectors of a level.
+
+/// Defines the three kernels with the given target features enabled.
+macro_rules! row8_bodies {
+    ($features:literal) => {
+        use crate::formats::rows8::{self, Codes, Scaling};
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
+            rows8::largest_body(weights)
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn encode_row8(
+            kind: Codes,
+            scaling: Scaling,
+            factor: f32,
+            weights: &[f32],
+            codes: &mut [u8],
+        ) {
+            rows8::encode_body(kind, scaling, factor, weights, codes);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn decode_row8(
+            kind: Codes,
+            zero: i8,
+            scale: f32,
+            codes: &[u8],
+            weights: &mut [f32],
+        ) {
+            rows8::decode_body(kind, zero, scale, codes, weights);
+        }
+    };
+}
+pub(super) use row8_bodies;
