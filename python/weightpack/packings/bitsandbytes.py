@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from ..decision import Decision, Target
-from ..entry import FLOATS
 from ..errors import ConfigError, UnsupportedError
 from ..skip_list import settle
-from .table import HostConfig, packed_of
+from .table import HostConfig, decoded, packed_of
 
 __all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
@@ -33,13 +31,7 @@ def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
         if len(asked) == 2:
             raise UnsupportedError("the checkpoint holds 4-bit and int8 weights at once, which no host loads")
     (is_int8,) = asked
-    settled = []
-    for decision in decisions:
-        if decision.result.startswith("bitsandbytes:") and (decision.result == _INT8) != is_int8:
-            plain = FLOATS.get(decision.entry.dtype, target.plain)
-            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
-        settled.append(decision)
-    return settled
+    return decoded(decisions, target, lambda d: d.result.startswith("bitsandbytes:") and (d.result == _INT8) != is_int8)
 
 
 def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:

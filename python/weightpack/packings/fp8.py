@@ -8,12 +8,10 @@ the tensor, which other libraries store, are read, and never left in a result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from ..decision import Decision, Target
-from ..entry import FLOATS
 from ..skip_list import settle
-from .table import HostConfig
+from .table import HostConfig, decoded
 
 __all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
@@ -24,13 +22,7 @@ _ARRAYS = (".weight_scale_inv",)
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
     """Everything is in blocks; what a source has otherwise is decoded."""
-    settled = []
-    for decision in decisions:
-        if decision.result.startswith("fp8:") and decision.result != _BLOCK:
-            plain = FLOATS.get(decision.entry.dtype, target.plain)
-            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
-        settled.append(decision)
-    return settled
+    return decoded(decisions, target, lambda d: d.result.startswith("fp8:") and d.result != _BLOCK)
 
 
 def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..decision import Decision, Target
-from ..entry import FLOATS
-from ..errors import ConfigError, UnsupportedError
-from .table import HostConfig, packed_of
+from .table import HostConfig, one_format, packed_of
 
 __all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
@@ -36,22 +33,8 @@ _WITH_ACTIVATIONS = {"modelopt:int8": "W8A8_SQ_PER_CHANNEL", "modelopt:nvfp4": "
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
-    """All layers have one format. What was packed before and is of another is decoded; two that were
-    asked for are refused."""
-    asked = {d.format for d in decisions if d.format in _ALGORITHMS}
-    if len(asked) > 1:
-        raise ConfigError(f"a ModelOpt checkpoint has one format here, and these are {' and '.join(sorted(asked))}")
-    if not asked:
-        asked = {d.result for d in decisions if d.result in _ALGORITHMS}
-        if len(asked) > 1:
-            raise UnsupportedError(f"the checkpoint mixes {' and '.join(sorted(asked))}, which is not written")
-    settled = []
-    for decision in decisions:
-        if decision.result in _ALGORITHMS and decision.result not in asked:
-            plain = FLOATS.get(decision.entry.dtype, target.plain)
-            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
-        settled.append(decision)
-    return settled
+    """All layers have one format."""
+    return one_format(decisions, target, "modelopt")
 
 
 def settle(

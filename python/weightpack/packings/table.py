@@ -5,7 +5,7 @@ written beside the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -90,13 +90,17 @@ def one_format(decisions: list[Decision], target: Target, backend: str) -> list[
         raise ConfigError(f"a {backend} checkpoint holds weights of one format, and {' and '.join(asked)} are assigned")
     if len(held) > 1:
         raise UnsupportedError(f"the checkpoint holds {' and '.join(held)} weights at once, which no host loads")
-    settled = []
-    for decision in decisions:
-        if backend_of(decision.result) == backend and decision.result not in held:
-            plain = FLOATS.get(decision.entry.dtype, target.plain)
-            decision = replace(decision, format=plain, params={}, why=f"{decision.why}; decoded")
-        settled.append(decision)
-    return settled
+    return decoded(decisions, target, lambda d: backend_of(d.result) == backend and d.result not in held)
+
+
+def decoded(decisions: list[Decision], target: Target, chosen: Callable[[Decision], bool]) -> list[Decision]:
+    """`decisions`, of which those that are `chosen` become plain numbers."""
+    return [
+        replace(d, format=FLOATS.get(d.entry.dtype, target.plain), params={}, why=f"{d.why}; decoded")
+        if chosen(d)
+        else d
+        for d in decisions
+    ]
 
 
 def unrecognised(names: Iterable[str]) -> dict[str, list[str]]:
