@@ -276,7 +276,19 @@ def main() -> None:
                     convert = [sys.executable, "-m", "weightpack", "convert", str(folder), str(source / "model.gguf")]
                     subprocess.run([*convert, "--to", "q4_k", *names], check=True, capture_output=True)
                 rows.append(row(host, kind, source, ways, choices.runs))
-    record = {
+    record(choices, rows)
+    broken = [
+        f"{row['library']} {row['kind']}: {row['weightpack']['failed']}"
+        for row in rows
+        if "failed" in row["weightpack"]
+    ]
+    if broken:
+        raise SystemExit("\n".join(broken))
+
+
+def record(choices: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Prints what was measured and on what, and keeps it if asked to."""
+    found = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
         "threads": os.cpu_count(),
@@ -285,17 +297,10 @@ def main() -> None:
         "versions": versions(),
         "rows": rows,
     }
-    text = json.dumps(record, indent=2) + "\n"
+    text = json.dumps(found, indent=2) + "\n"
     if choices.record:
         choices.record.write_text(text)
     print(text)
-    broken = [
-        f"{row['library']} {row['kind']}: {row['weightpack']['failed']}"
-        for row in rows
-        if "failed" in row["weightpack"]
-    ]
-    if broken:
-        raise SystemExit("\n".join(broken))
 
 
 def cpu_name() -> str:

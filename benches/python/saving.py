@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loading import SAMPLE_SECONDS, anonymous, config_of, cpu_name, lift_gpu_check, make, models, versions
+from loading import SAMPLE_SECONDS, anonymous, config_of, lift_gpu_check, make, models, record
 
 WAYS = ["weightpack", "copy", "safetensors", "host"]
 PACKED_SHARE = 0.27
@@ -229,19 +229,7 @@ def main() -> None:
             if prepared.returncode != 0:
                 raise SystemExit(prepared.stderr)
             rows.append(row(host, Path(top, f"{host}-nf4"), choices.runs))
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "threads": os.cpu_count(),
-        "megabytes": choices.megabytes,
-        "runs": choices.runs,
-        "versions": versions(),
-        "rows": rows,
-    }
-    text = json.dumps(record, indent=2) + "\n"
-    if choices.record:
-        choices.record.write_text(text)
-    print(text)
+    record(choices, rows)
     broken = [f"{row['library']}: {row['weightpack']['failed']}" for row in rows if "failed" in row["weightpack"]]
     broken += [f"{row['library']}: other tensors were written" for row in rows if not row["same_bytes"]]
     if broken:
