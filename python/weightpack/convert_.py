@@ -26,7 +26,7 @@ from .gguf_target import GgufModel, GgufOptions
 from .host_target import HostModel
 from .importance import open_importance
 from .layers import Layers, find_layers, host_of
-from .packings.table import BACKENDS, HostConfig, backend_of, packing, unrecognised
+from .packings.table import TABLE, TARGETS, HostConfig, backend_of, holds, is_described, unrecognised
 from .report import ConvertReport, finished_report, planned_report
 from .sizes import parse_size
 from .targets import CASTS, FormatInfo, find_format
@@ -286,8 +286,10 @@ def _check_source(model: Model, checkpoint: Checkpoint) -> None:
     """Raises `UnsupportedError` for a source whose config or metadata says that it is packed in a way that is
     not understood: its arrays mean nothing by themselves."""
     method = model_config.source_method(model.config)
-    if method in model_config.DECODED and not any(
-        (e.format or "").startswith(f"{method}:") for e in checkpoint.values()
+    if (
+        method is not None
+        and method not in TARGETS
+        and not any(holds(method, entry.format) for entry in checkpoint.values())
     ):
         raise UnsupportedError(
             f'the source says that it is packed by {method}, and no such weight is found (file "{model.weights}")',
@@ -295,10 +297,7 @@ def _check_source(model: Model, checkpoint: Checkpoint) -> None:
         )
     left = unrecognised(checkpoint)
     for backend in left if method is None else left.keys() & {method}:
-        described = method == backend or any(
-            packing(backend).describes(key, str(value)) for key, value in checkpoint.metadata.items()
-        )
-        if described:
+        if method == backend or is_described(backend, checkpoint.metadata):
             raise UnsupportedError(
                 f'the source is packed by "{backend}" in a format that is not decoded by this version '
                 f'(tensor "{left[backend][0]}")',
@@ -521,7 +520,7 @@ def _text_metadata(checkpoint: Checkpoint) -> dict[str, str]:
         for key, value in checkpoint.metadata.items()
         if isinstance(value, str)
         and not key.startswith("weightpack.")
-        and not any(packing(backend).describes(key, value) for backend in BACKENDS)
+        and not any(is_described(row.name, {key: value}) for row in TABLE)
     }
 
 

@@ -10,7 +10,7 @@ from . import model_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .entry import FLOATS, Entry
 from .errors import UnsupportedError
-from .packings.table import backend_of, unrecognised
+from .packings.table import holds, sources_of, unrecognised
 from .report import CheckpointInfo, FileReport, TensorInfo
 from .rules import GGUF_LONGEST_NAME
 
@@ -72,7 +72,7 @@ def _problems(checkpoint: Checkpoint, entries: list[Entry]) -> tuple[str | None,
         label = f"{model.component}: " if model.component else ""
         prefix = f"{model.component}/" if model.component else ""
         own = [entry for entry in entries if entry.name.startswith(prefix)]
-        packed = sorted({backend for e in own if e.format and (backend := backend_of(e.format)) is not None})
+        packed = {e.format: backends for e in own if (backends := sources_of(e.format))}
         try:
             method = model_config.source_method(model.config)
         except UnsupportedError as error:
@@ -81,13 +81,14 @@ def _problems(checkpoint: Checkpoint, entries: list[Entry]) -> tuple[str | None,
             continue
         if method is not None:
             methods.append(method)
-        if packed and method not in packed and model.config is not None:
-            problems.append(f"{label}weights are packed by {packed[0]}, and config.json does not say so")
-        if method is not None and method not in packed and not unrecognised(e.name for e in own).get(method):
+        untold = [backends[0] for backends in packed.values() if method not in backends]
+        if untold and model.config is not None:
+            problems.append(f"{label}weights are packed by {min(untold)}, and config.json does not say so")
+        is_held = method is not None and any(holds(method, found) for found in packed)
+        if method is not None and not is_held and not unrecognised(e.name for e in own).get(method):
             problems.append(f"{label}config.json says {method}, and no weight is packed")
 
-    for backend, orphans in unrecognised(entry.name for entry in entries).items():
-        problems.append(f"{_count(orphans, 'array')} of {backend} without a packed weight: {orphans[0]}")
+    problems += _orphans(entries, methods)
     unknown = [e.name for e in entries if e.format is None and (not e.is_plain or e.dtype.startswith("type "))]
     if unknown:
         problems.append(f"{_count(unknown, 'tensor')} of a type that is not decoded: {unknown[0]}")
@@ -99,6 +100,20 @@ def _problems(checkpoint: Checkpoint, entries: list[Entry]) -> tuple[str | None,
         if long:
             problems.append(f"{_count(long, 'name')} longer than {GGUF_LONGEST_NAME} bytes: {long[0]}")
     return ", ".join(dict.fromkeys(methods)) or None, problems
+
+
+def _orphans(entries: Iterable[Entry], methods: Iterable[str]) -> list[str]:
+    """Sentences about arrays of packed weights that are not decoded, each told once: as those of the backend
+    that the config names, where several have arrays of that name."""
+    found = unrecognised(entry.name for entry in entries)
+    problems = []
+    told: set[str] = set()
+    for backend in (*(method for method in methods if method in found), *found):
+        orphans = [name for name in found[backend] if name not in told]
+        told.update(orphans)
+        if orphans:
+            problems.append(f"{_count(orphans, 'array')} of {backend} without a packed weight: {orphans[0]}")
+    return problems
 
 
 def _named_method(config: Any) -> str:

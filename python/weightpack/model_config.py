@@ -18,13 +18,11 @@ from .errors import ConfigError, UnsupportedError
 from .packings.table import HostConfig, backend_of, backend_of_method, packed_of, packing
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-DECODED = ("gptq", "awq", "compressed-tensors")
-"""Quantization methods of sources that are decoded, and not written."""
 _TORCH_NAMES = {**COMPUTE_DTYPES, "f64": "float64"}
 
 
 def source_method(config: Mapping[str, Any] | None) -> str | None:
-    """How a source says that it is packed: its quantization method, or `None` for a plain model.
+    """Which backend of the table of packings a source says it is packed by, or `None` for a plain model.
 
     Raises `UnsupportedError` for a method whose tensors are not understood.
     """
@@ -34,7 +32,7 @@ def source_method(config: Mapping[str, Any] | None) -> str | None:
     method = found.get("quant_method")
     if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
         method = "bitsandbytes"
-    backend = method if method in DECODED else backend_of_method(str(method))
+    backend = backend_of_method(str(method))
     if backend is None:
         raise UnsupportedError(
             f'the source is packed by "{method}", which is not decoded by this version',

@@ -13,9 +13,10 @@ from ..errors import ConfigError, UnsupportedError
 from ..skip_list import settle
 from .table import HostConfig, decoded, packed_of
 
-__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+FORMATS = ("bitsandbytes:",)
 _INT8 = "bitsandbytes:int8"
 _STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 

@@ -13,9 +13,10 @@ from ..decision import Decision, Target
 from ..skip_list import settle
 from .table import HostConfig, decoded
 
-__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("fp8",)
+FORMATS = ("fp8:",)
 _BLOCK = "fp8:block"
 _ARRAYS = (".weight_scale_inv",)
 

@@ -13,9 +13,10 @@ from typing import Any
 from ..decision import Decision, Target
 from .table import HostConfig, one_format, packed_of
 
-__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("modelopt",)
+FORMATS = ("modelopt:",)
 FILE = "hf_quant_config.json"
 _ARRAYS = (".weight_scale", ".weight_scale_2", ".pre_quant_scale", ".weight_quantizer._scale")
 _VERSION = "0.47.0"

@@ -16,9 +16,10 @@ from typing import Any
 from ..decision import Decision, Target
 from .table import HostConfig, one_format, packed_of
 
-__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("quanto",)
+FORMATS = ("quanto:",)
 MAP_FILE = "quanto_qmap.json"
 
 _TYPES = {"quanto:int8": "qint8", "quanto:float8": "qfloat8"}

@@ -1,6 +1,6 @@
 """The table of packings. Everything that is particular to one backend's checkpoints, besides its bytes, is
-in the module that stands here: which formats go together, how hosts read its skip list, and what is
-written beside the weights.
+in the module that stands here: which configs and arrays are its own, and, where it can be a target, which
+formats go together, how hosts read its skip list, and what is written beside the weights.
 """
 
 from __future__ import annotations
@@ -14,8 +14,28 @@ from ..decision import Decision, Target
 from ..entry import FLOATS
 from ..errors import ConfigError, UnsupportedError
 
-BACKENDS = ("bitsandbytes", "torchao", "quanto", "modelopt", "fp8")
-"""Backends whose formats pack linear layers. Each has a module of its name here."""
+
+@dataclass(frozen=True)
+class Row:
+    """One packing: its name, which is also that of its module here (with `_` for `-`), and whether it is
+    written. One that is no target is decoded only; its module is a `Source`."""
+
+    name: str
+    is_target: bool = True
+
+
+TABLE = (
+    Row("bitsandbytes"),
+    Row("torchao"),
+    Row("quanto"),
+    Row("modelopt"),
+    Row("fp8"),
+    Row("gptq", is_target=False),
+    Row("awq", is_target=False),
+    Row("compressed-tensors", is_target=False),
+)
+TARGETS = frozenset(row.name for row in TABLE if row.is_target)
+"""Backends whose formats pack linear layers of a result."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +48,24 @@ class HostConfig:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-class Packing(Protocol):
-    """A module of this package."""
+class Source(Protocol):
+    """A module of this package, as far as it is about sources."""
 
     METHODS: tuple[str, ...]
     """Names that `quant_method` has in the configs of checkpoints packed this way."""
+    FORMATS: tuple[str, ...]
+    """How the names of the formats begin that weights of such checkpoints have."""
+
+    def leftovers(self, names: Iterable[str]) -> list[str]:
+        """Those of the tensors of a checkpoint that can only be arrays of a packed weight which was not
+        recognised as one."""
+
+    def describes(self, key: str, value: str) -> bool:
+        """Whether a pair of a safetensors file's metadata speaks of weights packed this way."""
+
+
+class Packing(Source, Protocol):
+    """The module of a target."""
 
     def one_kind(self, decisions: list[Decision], target: Target) -> list[Decision]:
         """Settles what one config cannot describe together. Raises `ConfigError` for formats asked for
@@ -57,23 +90,31 @@ class Packing(Protocol):
         `compute` is the type that layers compute in ("bfloat16"), `skip_list` the modules left unpacked,
         `host` is as in `settle`."""
 
-    def leftovers(self, names: Iterable[str]) -> list[str]:
-        """Those of the tensors of a checkpoint that can only be arrays of a packed weight which was not
-        recognised as one."""
-
-    def describes(self, key: str, value: str) -> bool:
-        """Whether a pair of a safetensors file's metadata speaks of weights packed this way."""
-
 
 def backend_of(format_name: str) -> str | None:
-    """The backend of a format that packs linear layers, `None` for all others."""
+    """The target that a format packs linear layers for, `None` for all others."""
     backend = format_name.partition(":")[0]
-    return backend if ":" in format_name and backend in BACKENDS else None
+    return backend if ":" in format_name and backend in TARGETS else None
 
 
 def packing(backend: str) -> Packing:
-    """The module of a backend of `BACKENDS`."""
-    return cast(Packing, import_module(f"{__package__}.{backend}"))
+    """The module of a backend of `TARGETS`."""
+    return cast(Packing, _module(backend))
+
+
+def holds(backend: str, format_name: str | None) -> bool:
+    """Whether a weight of this format may stand in a checkpoint that is packed by a backend of `TABLE`."""
+    return format_name is not None and format_name.startswith(_module(backend).FORMATS)
+
+
+def sources_of(format_name: str | None) -> list[str]:
+    """The backends whose checkpoints have weights of this format."""
+    return [row.name for row in TABLE if holds(row.name, format_name)]
+
+
+def is_described(backend: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a file's metadata speaks of weights packed by a backend of `TABLE`."""
+    return any(_module(backend).describes(key, str(value)) for key, value in metadata.items())
 
 
 def packed_of(decisions: Iterable[Decision]) -> list[Decision]:
@@ -106,10 +147,14 @@ def decoded(decisions: list[Decision], target: Target, chosen: Callable[[Decisio
 def unrecognised(names: Iterable[str]) -> dict[str, list[str]]:
     """By backend, the tensors of a checkpoint that are parts of packed weights which are not decoded."""
     names = list(names)
-    found = {backend: packing(backend).leftovers(names) for backend in BACKENDS}
+    found = {row.name: _module(row.name).leftovers(names) for row in TABLE}
     return {backend: left for backend, left in found.items() if left}
 
 
 def backend_of_method(method: str) -> str | None:
     """The backend whose checkpoints have this `quant_method`, `None` where there is none."""
-    return next((backend for backend in BACKENDS if method in packing(backend).METHODS), None)
+    return next((row.name for row in TABLE if method in _module(row.name).METHODS), None)
+
+
+def _module(backend: str) -> Source:
+    return cast(Source, import_module(f"{__package__}.{backend.replace('-', '_')}"))

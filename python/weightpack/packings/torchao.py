@@ -15,9 +15,10 @@ from ..decision import Decision, Target
 from ..entry import Entry
 from .table import HostConfig, backend_of, one_format, packed_of
 
-__all__ = ["METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
 METHODS = ("torchao",)
+FORMATS = ("torchao:",)
 
 _PER_ROW = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
 _CONFIGS: dict[str, dict[str, Any]] = {
