@@ -8,11 +8,11 @@ metadata are those that transformers 5.23 and diffusers 0.42.1 write with torcha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..decision import Decision, Target
-from ..entry import Entry
 from .table import HostConfig, backend_of, one_format, packed_of
 
 __all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
@@ -21,26 +21,27 @@ METHODS = ("torchao",)
 FORMATS = ("torchao:",)
 
 _PER_ROW = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "torchao:int8": {
-        "_data": {"granularity": _PER_ROW, "group_size": None, "set_inductor_config": True},
-        "_type": "Int8WeightOnlyConfig",
-        "_version": 2,
-    },
-    "torchao:float8": {
-        "_data": {
-            "granularity": _PER_ROW,
-            "set_inductor_config": True,
-            "weight_dtype": {"_data": "float8_e4m3fn", "_type": "torch.dtype"},
-        },
-        "_type": "Float8WeightOnlyConfig",
-        "_version": 2,
-    },
-}
-"""torchao's configs with all their fields."""
+_KERNELS = {"_type": "KernelPreference", "_data": "AUTO"}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 _ARRAYS = ("_qdata", "_scale_and_zero", "_per_tensor_scale")
 """Ends of names that no plain tensor has."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How torchao describes one format.
+
+    `config` is the name of its config, `version` of the config's layout, and `fields` gives all of the
+    config's fields for a packed weight; `tensor` is the class of such a weight, `attributes` gives those of
+    the class, in its order, and `arrays` the names of its arrays.
+    """
+
+    config: str
+    version: int
+    fields: Callable[[Decision], dict[str, Any]]
+    tensor: str
+    attributes: Callable[[Decision], dict[str, Any]]
+    arrays: tuple[str, ...]
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
@@ -65,7 +66,7 @@ def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute
     section: dict[str, Any] = {
         "modules_to_not_convert": list(skip_list) or None,
         "quant_method": "torchao",
-        "quant_type": {"default": _CONFIGS[packed_of(decisions)[0].result]},
+        "quant_type": {"default": _config(packed_of(decisions)[0])},
     }
     if host != "diffusers":
         section |= {"include_input_output_embeddings": False, "untie_embedding_weights": False}
@@ -94,24 +95,61 @@ def _described(decision: Decision) -> dict[str, Any]:
     """What torchao's `flatten_tensor_state_dict` says of a tensor."""
     if backend_of(decision.result) is None:
         return {"_type": "Tensor"}
-    entry = decision.entry
-    block: dict[str, Any] = {"block_size": [1, entry.shape[-1]]}
-    dtype = {"dtype": {"_type": "torch.dtype", "_data": _computed(entry, decision)}}
-    none: dict[str, Any] = {"act_quant_kwargs": None}
-    if decision.result == "torchao:int8":
-        return {
-            "_type": "Int8Tensor",
-            "_data": {**none, "reduce_range": False, **block, **dtype},
-            "_tensor_data_names": ["zero_point", "qdata", "scale"],
-        }
-    kernels = {"kernel_preference": {"_type": "KernelPreference", "_data": "AUTO"}}
-    return {
-        "_type": "Float8Tensor",
-        "_data": {**block, "mm_config": None, **none, **kernels, **dtype},
-        "_tensor_data_names": ["qdata", "scale"],
-    }
+    kind = _KINDS[decision.result]
+    return {"_type": kind.tensor, "_data": kind.attributes(decision), "_tensor_data_names": list(kind.arrays)}
 
 
-def _computed(entry: Entry, decision: Decision) -> str:
-    """torch's name of the type that the weight is packed from."""
-    return _DTYPES.get(str(decision.params.get("dtype", entry.dtype)), "float32")
+def _config(decision: Decision) -> dict[str, Any]:
+    """torchao's config of a packed weight, with all its fields."""
+    kind = _KINDS[decision.result]
+    return {"_data": kind.fields(decision), "_type": kind.config, "_version": kind.version}
+
+
+def _dtype(name: str) -> dict[str, str]:
+    return {"_type": "torch.dtype", "_data": name}
+
+
+def _computed(decision: Decision) -> dict[str, str]:
+    """The type that the weight is packed from."""
+    return _dtype(_DTYPES.get(str(decision.params.get("dtype", decision.entry.dtype)), "float32"))
+
+
+def _row(decision: Decision) -> list[int]:
+    """The block of weights that share a scale, where that is a row."""
+    return [1, decision.entry.shape[-1]]
+
+
+_KINDS = {
+    "torchao:int8": _Kind(
+        config="Int8WeightOnlyConfig",
+        version=2,
+        fields=lambda _: {"granularity": _PER_ROW, "group_size": None, "set_inductor_config": True},
+        tensor="Int8Tensor",
+        attributes=lambda d: {
+            "act_quant_kwargs": None,
+            "reduce_range": False,
+            "block_size": _row(d),
+            "dtype": _computed(d),
+        },
+        arrays=("zero_point", "qdata", "scale"),
+    ),
+    "torchao:float8": _Kind(
+        config="Float8WeightOnlyConfig",
+        version=2,
+        fields=lambda _: {
+            "granularity": _PER_ROW,
+            "set_inductor_config": True,
+            "weight_dtype": _dtype("float8_e4m3fn"),
+        },
+        tensor="Float8Tensor",
+        attributes=lambda d: {
+            "block_size": _row(d),
+            "mm_config": None,
+            "act_quant_kwargs": None,
+            "kernel_preference": _KERNELS,
+            "dtype": _computed(d),
+        },
+        arrays=("qdata", "scale"),
+    ),
+}
+"""By format."""

@@ -7,13 +7,22 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use super::super::checkpoint::Stored;
 use super::{Recognised, Sources};
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::formats::{self, Params};
+use crate::formats::{self, Format, Layout, Params};
 use crate::io::Metadata;
+
+/// What a weight of one class is decoded by; `None` where its attributes or arrays are not those of a
+/// format here.
+type Class = fn(&Weight<'_>) -> Result<Option<Decoder>>;
+type Decoder = (&'static dyn Format, Layout);
+
+/// The classes that have a format.
+const CLASSES: &[(&str, Class)] = &[("Int8Tensor", int8), ("Float8Tensor", float8)];
 
 /// One weight of the metadata.
 #[derive(Deserialize)]
@@ -21,20 +30,16 @@ struct Described {
     #[serde(rename = "_type")]
     class: String,
     #[serde(rename = "_data", default)]
-    attributes: Attributes,
+    attributes: Map<String, Value>,
     #[serde(rename = "_tensor_data_names", default)]
     arrays: Vec<String>,
 }
 
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct Attributes {
-    block_size: Vec<u64>,
-    dtype: Value,
-    /// How activations are quantized, where they are.
-    act_quant_kwargs: Value,
-    mm_config: Value,
-    reduce_range: Option<bool>,
+/// A weight of a class that has a format.
+struct Weight<'w> {
+    attributes: &'w Map<String, Value>,
+    /// The array of codes.
+    data: &'w Stored,
 }
 
 /// Every torchao tensor of a class that has a format.
@@ -58,46 +63,27 @@ pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
     Ok(found)
 }
 
-fn packed(sources: &Sources<'_>, name: &str, weight: &Described) -> Result<Option<Recognised>> {
-    let (format, codes) = match weight.class.as_str() {
-        "Int8Tensor" => ("torchao:int8", Dtype::I8),
-        "Float8Tensor" => ("torchao:float8", Dtype::F8_E4M3),
-        _ => return Ok(None),
-    };
-    let attributes = &weight.attributes;
-    let is_plain = attributes.act_quant_kwargs.is_null()
-        && attributes.mm_config.is_null()
-        && attributes.reduce_range != Some(true);
-    let format = formats::find(format)?;
-    let dtype = attributes.dtype.get("_data").and_then(Value::as_str);
-    let (true, Some(dtype), &[1, columns]) = (
-        is_plain,
-        dtype.and_then(of_torch),
-        attributes.block_size.as_slice(),
-    ) else {
+fn packed(sources: &Sources<'_>, name: &str, described: &Described) -> Result<Option<Recognised>> {
+    let Some((_, class)) = CLASSES.iter().find(|(name, _)| *name == described.class) else {
         return Ok(None);
-    };
-    let params = Params {
-        dtype,
-        ..Params::default()
     };
     let (module, leaf) = name.rsplit_once('.').unwrap_or(("", name));
     let dot = if module.is_empty() { "" } else { "." };
     let Some(data) = sources.get(&format!("{module}{dot}_{leaf}_qdata")) else {
         return Ok(None);
     };
-    let &[_, found] = data.entry.shape.as_slice() else {
+    let weight = Weight {
+        attributes: &described.attributes,
+        data,
+    };
+    let Some((format, layout)) = class(&weight)? else {
         return Ok(None);
     };
-    if found != columns || data.entry.dtype != codes {
-        return Ok(None);
-    }
-    let layout = format.layout(&data.entry.shape, &params)?;
-    let has_all = layout.components.len() == weight.arrays.len()
+    let has_all = layout.components.len() == described.arrays.len()
         && layout
             .components
             .iter()
-            .all(|component| weight.arrays.iter().any(|one| *one == component.suffix));
+            .all(|component| described.arrays.iter().any(|one| *one == component.suffix));
     Ok(has_all.then(|| Recognised {
         base: name.to_owned(),
         format,
@@ -105,12 +91,73 @@ fn packed(sources: &Sources<'_>, name: &str, weight: &Described) -> Result<Optio
     }))
 }
 
-/// The type that torch calls `name`.
-fn of_torch(name: &str) -> Option<Dtype> {
-    Some(match name {
-        "float32" => Dtype::F32,
-        "float16" => Dtype::F16,
-        "bfloat16" => Dtype::BF16,
-        _ => return None,
-    })
+impl Weight<'_> {
+    /// Whether the attributes called `names` are all null, or not there.
+    fn has_none_of(&self, names: &[&str]) -> bool {
+        names
+            .iter()
+            .all(|name| self.attributes.get(*name).is_none_or(Value::is_null))
+    }
+
+    /// The attribute `name`, where it is the name of a member of one of torch's or torchao's types.
+    fn member(&self, name: &str) -> Option<&str> {
+        self.attributes.get(name)?.get("_data")?.as_str()
+    }
+
+    /// The attribute `name`, where it is a type of floats.
+    fn dtype(&self, name: &str) -> Option<Dtype> {
+        Some(match self.member(name)? {
+            "float32" => Dtype::F32,
+            "float16" => Dtype::F16,
+            "bfloat16" => Dtype::BF16,
+            _ => return None,
+        })
+    }
+
+    /// The attribute `block_size`, where it has two dimensions.
+    fn block(&self) -> Option<[u64; 2]> {
+        match self.attributes.get("block_size")?.as_array()?.as_slice() {
+            [rows, columns] => Some([rows.as_u64()?, columns.as_u64()?]),
+            _ => None,
+        }
+    }
+
+    /// One code of type `codes` per weight, and one scale per row.
+    fn rows(&self, format: &str, codes: Dtype) -> Result<Option<Decoder>> {
+        let shape = &self.data.entry.shape;
+        let (Some(dtype), Some([1, columns]), &[_, found]) =
+            (self.dtype("dtype"), self.block(), shape.as_slice())
+        else {
+            return Ok(None);
+        };
+        if found != columns || self.data.entry.dtype != codes {
+            return Ok(None);
+        }
+        let params = Params {
+            dtype,
+            ..Params::default()
+        };
+        decoder(format, shape, &params)
+    }
+}
+
+/// The layout of a weight of `shape` in the format called `name`.
+fn decoder(name: &str, shape: &[u64], params: &Params) -> Result<Option<Decoder>> {
+    let format = formats::find(name)?;
+    Ok(Some((format, format.layout(shape, params)?)))
+}
+
+fn int8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    let is_reduced = weight.attributes.get("reduce_range") == Some(&Value::Bool(true));
+    if is_reduced || !weight.has_none_of(&["act_quant_kwargs"]) {
+        return Ok(None);
+    }
+    weight.rows("torchao:int8", Dtype::I8)
+}
+
+fn float8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    if !weight.has_none_of(&["act_quant_kwargs", "mm_config"]) {
+        return Ok(None);
+    }
+    weight.rows("torchao:float8", Dtype::F8_E4M3)
 }
