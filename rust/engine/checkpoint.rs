@@ -13,6 +13,7 @@ use crate::io::file::FileSource;
 use crate::io::{index, Container, Entry, Header, Metadata, Source};
 use crate::shape;
 
+use super::decoded::Decoded;
 use super::gather::Gather;
 use super::recognise::{self, Hints};
 use super::slab::Packed;
@@ -48,9 +49,32 @@ pub enum Made {
     Rows(Arc<Gather>),
     /// One of them, with rows and columns exchanged.
     Transposed(Arc<Transposed>),
+    /// The decoded weights of several.
+    Decoded(Arc<Decoded>),
+}
+
+impl Stored {
+    /// Bytes of buffers that reading it takes, besides the one that is filled.
+    pub fn buffer_bytes(&self) -> u64 {
+        match &self.made {
+            None => 0,
+            Some(Made::Rows(gather)) => gather.buffer_bytes(),
+            Some(Made::Transposed(matrix)) => matrix.stored().buffer_bytes(),
+            Some(Made::Decoded(weights)) => weights.buffer_bytes(),
+        }
+    }
+
+    /// Bytes that are read together without reading any in vain; 1 for what a file holds.
+    pub fn unit_bytes(&self) -> u64 {
+        match &self.made {
+            Some(Made::Decoded(weights)) => weights.unit_bytes(),
+            _ => 1,
+        }
+    }
 }
 
 /// One logical tensor.
+#[derive(Clone)]
 pub struct Tensor {
     /// Name of the weight.
     pub name: String,
@@ -232,6 +256,7 @@ impl Checkpoint {
         match &stored.made {
             Some(Made::Rows(gather)) => return gather.read(offset, buffer, &fetch),
             Some(Made::Transposed(matrix)) => return matrix.read(offset, buffer, &fetch),
+            Some(Made::Decoded(weights)) => return weights.read(self, offset, buffer),
             None => {}
         }
         file.source

@@ -1,6 +1,8 @@
 //! Tensors that no file holds as they are: rows of stored ones joined, or a stored one in another
-//! shape or transposed. They are tensors like any other to the rest of the engine; only their bytes are gathered.
+//! shape or transposed. They are tensors like any other to the rest of the engine; only their bytes are
+//! gathered, or, where what is stored cannot be taken apart by rows, their weights.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::dtype::Dtype;
@@ -9,6 +11,7 @@ use crate::io::Entry;
 use crate::shape;
 
 use super::checkpoint::{plain_tensor, Checkpoint, Made, Stored, Tensor};
+use super::decoded::Decoded;
 use super::gather::{Gather, Order};
 use super::request::{Assignment, Rows};
 use super::transpose::Transposed;
@@ -26,7 +29,10 @@ pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option
                 _ => return Ok(None),
             }
         }
-        (rows, wanted) => join(checkpoint, rows, wanted.as_deref())?,
+        (rows, wanted) => {
+            let is_copied = assignment.format == "copy";
+            join(checkpoint, rows, wanted.as_deref(), is_copied)?
+        }
     };
     tensor.name.clone_from(&assignment.name);
     Ok(Some(tensor))
@@ -34,14 +40,13 @@ pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option
 
 /// `tensor` with rows and columns exchanged.
 pub fn transpose(tensor: &Tensor) -> Result<Tensor> {
-    let Some(array) = whole_array(tensor) else {
-        return Err(Error::unsupported(format!(
-            "{} is not transposed: it is stored as several arrays",
-            super::plan::source_name(tensor)
-        )));
+    let array = match whole_array(tensor) {
+        Some(array) => array.clone(),
+        None => Decoded::new(tensor.clone())?.stored()?,
     };
-    let mut result = plain_tensor(turned(array.clone())?)?;
+    let mut result = plain_tensor(turned(array)?)?;
     result.name.clone_from(&tensor.name);
+    result.dtype = tensor.dtype;
     Ok(result)
 }
 
@@ -93,7 +98,7 @@ fn reshaped(array: &Stored, wanted: &[u64]) -> Result<Tensor> {
 
 /// Rows of one tensor, resolved.
 struct Run<'c> {
-    array: &'c Stored,
+    array: Cow<'c, Stored>,
     /// Weights of a row, and whether the tensor has at least two dimensions.
     row: (u64, bool),
     first: u64,
@@ -101,16 +106,82 @@ struct Run<'c> {
     order: Option<Order>,
 }
 
-fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Result<Tensor> {
+/// The rows, as they are stored where that can be, and decoded otherwise.
+fn join(
+    checkpoint: &Checkpoint,
+    rows: &[Rows],
+    wanted: Option<&[u64]>,
+    is_copied: bool,
+) -> Result<Tensor> {
+    let sources: Vec<&Tensor> = rows
+        .iter()
+        .map(|part| checkpoint.tensor(&part.name))
+        .collect::<Result<_>>()?;
+    let Some(&first) = sources.first() else {
+        return Err(Error::Internal(String::from("no rows to join")));
+    };
+    let as_stored = is_copied || sources.iter().all(|source| joins_as_stored(first, source));
     let mut runs = Vec::with_capacity(rows.len());
-    for part in rows {
-        let source = checkpoint.tensor(&part.name)?;
-        let run = run(source, part).map_err(|error| {
+    for (part, source) in rows.iter().zip(&sources) {
+        let array = match as_stored {
+            true => stored_rows(source),
+            false => weights_of(source).map(Cow::Owned),
+        };
+        let run = array.and_then(|array| run(source, array, part));
+        runs.push(run.map_err(|error| {
             let file = source.main().map_or(0, |array| array.file);
             error.tensor(&part.name).file(checkpoint.path(file))
-        })?;
-        runs.push(run);
+        })?);
     }
+    let mut tensor = joined(&runs, wanted)?;
+    if !as_stored {
+        let is_one = sources.iter().all(|source| source.dtype == first.dtype);
+        tensor.dtype = if is_one { first.dtype } else { Dtype::F32 };
+    }
+    Ok(tensor)
+}
+
+/// Whether rows of `source` stand behind rows of `first` as they are stored.
+fn joins_as_stored(first: &Tensor, source: &Tensor) -> bool {
+    match (whole_array(first), whole_array(source)) {
+        (Some(first), Some(array)) => {
+            first.entry.dtype == array.entry.dtype
+                && row_of(source).is_ok_and(|(_, row)| row_bytes(array.entry.dtype, row).is_ok())
+        }
+        _ => false,
+    }
+}
+
+/// The array whose rows are those of the tensor.
+fn stored_rows(source: &Tensor) -> Result<Cow<'_, Stored>> {
+    match whole_array(source) {
+        Some(array) => Ok(Cow::Borrowed(array)),
+        None => Err(Error::unsupported(format!(
+            "rows of {} are not joined as they are stored, in several arrays",
+            super::plan::source_name(source)
+        ))
+        .hint("decode them: bf16, f16, f32 or another format in place of copy")),
+    }
+}
+
+/// An array of the decoded weights.
+fn weights_of(source: &Tensor) -> Result<Stored> {
+    match whole_array(source) {
+        Some(array) if array.entry.dtype == Dtype::F32 => Ok(array.clone()),
+        _ => Decoded::new(source.clone())?.stored(),
+    }
+}
+
+/// Number of rows, and of what one consists.
+fn row_of(tensor: &Tensor) -> Result<(u64, (u64, bool))> {
+    Ok(match tensor.shape.as_slice() {
+        [] => (1, (1, false)),
+        [length] => (*length, (1, false)),
+        [outer @ .., length] => (shape::count_weights(outer)?, (*length, true)),
+    })
+}
+
+fn joined(runs: &[Run<'_>], wanted: Option<&[u64]>) -> Result<Tensor> {
     let Some(first) = runs.first() else {
         return Err(Error::Internal(String::from("no rows to join")));
     };
@@ -119,11 +190,11 @@ fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Resul
     let row_bytes = row_bytes(dtype, first.row)?;
     let mut gather = Gather::default();
     let mut count = 0;
-    for run in &runs {
+    for run in runs {
         let other = &run.array.entry;
         if other.dtype != dtype {
             return Err(Error::unsupported(format!(
-                "rows of \"{}\" are {}, those of \"{}\" {dtype}: rows of one type are joined",
+                "rows of \"{}\" are {}, those of \"{}\" {dtype}: rows of one type are copied",
                 other.name, other.dtype, first.array.entry.name
             ))
             .hint("convert the checkpoint to one type first"));
@@ -134,7 +205,7 @@ fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Resul
                 other.name, run.row.0, first.array.entry.name
             )));
         }
-        gather.add(run.array, row_bytes, run.first, run.count, run.order)?;
+        gather.add(&run.array, row_bytes, run.first, run.count, run.order)?;
         count = shape::add(count, run.count, "number of rows")?;
     }
     let natural = match runs.iter().any(|run| run.row.1) {
@@ -171,19 +242,8 @@ fn join(checkpoint: &Checkpoint, rows: &[Rows], wanted: Option<&[u64]>) -> Resul
     })
 }
 
-fn run<'c>(source: &'c Tensor, part: &Rows) -> Result<Run<'c>> {
-    let Some(array) = whole_array(source) else {
-        return Err(Error::unsupported(format!(
-            "rows of {} are not joined: it is stored as several arrays",
-            super::plan::source_name(source)
-        ))
-        .hint("decode the checkpoint first: convert it to bf16, f16 or f32"));
-    };
-    let (total, row) = match source.shape.as_slice() {
-        [] => (1, (1, false)),
-        [length] => (*length, (1, false)),
-        [outer @ .., length] => (shape::count_weights(outer)?, (*length, true)),
-    };
+fn run<'c>(source: &Tensor, array: Cow<'c, Stored>, part: &Rows) -> Result<Run<'c>> {
+    let (total, row) = row_of(source)?;
     row_bytes(array.entry.dtype, row)?;
     let left = total.checked_sub(part.first).ok_or_else(|| {
         Error::config(format!(

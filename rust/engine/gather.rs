@@ -98,6 +98,15 @@ impl Gather {
         self.bytes
     }
 
+    /// Bytes of buffers that a read takes.
+    pub fn buffer_bytes(&self) -> u64 {
+        let of = |segment: &Segment| match segment.order {
+            Some(_) => segment.rows_at_once() * segment.row_bytes + segment.stored.buffer_bytes(),
+            None => segment.stored.buffer_bytes(),
+        };
+        self.segments.iter().map(of).max().unwrap_or(0)
+    }
+
     /// Fills `buffer` with the bytes from `offset` on, which must be there.
     pub fn read(&self, offset: u64, buffer: &mut [u8], fetch: &Fetch<'_>) -> Result<()> {
         let after = self
@@ -165,6 +174,12 @@ impl Segment {
         Ok(())
     }
 
+    /// Rows that are read into a buffer together.
+    fn rows_at_once(&self) -> u64 {
+        let bytes = SCRATCH_BYTES.max(self.stored.unit_bytes());
+        (bytes / self.row_bytes).clamp(1, self.rows.max(1))
+    }
+
     /// Rows `rows` of the group whose first row is `base`. Those of one part lie together in the
     /// file, and in the result each is a whole round of the parts behind the one before.
     fn read_rows(
@@ -178,7 +193,7 @@ impl Segment {
     ) -> Result<()> {
         let group_rows = self.rows / order.groups;
         let row = shape::to_usize(self.row_bytes)?;
-        let at_once = (SCRATCH_BYTES / self.row_bytes).max(1);
+        let at_once = self.rows_at_once();
         let stride = shape::to_usize(order.parts)?.saturating_mul(row);
         for part in 0..order.parts.min(rows.end - rows.start) {
             let first = rows.start + part;

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::formats::{self, Layout};
 
 use super::assign::slab_weights;
-use super::gather;
+use super::checkpoint::Stored;
 use super::importance::Weighed;
 use super::plan::{checkpoint_at, Action, Plan, Planned};
 use super::slab::Cut;
@@ -76,11 +76,11 @@ impl Plan {
     /// Buffers of a worker at this tensor: slab in, slab out, two tiles of `f32`, and what gathering
     /// rows takes.
     fn worker_bytes(&self, planned: &Planned) -> u64 {
-        let gathered = match &planned.derived {
-            Some(_) => gather::SCRATCH_BYTES,
-            None => 0,
+        let made = match self.source(planned) {
+            Ok((_, tensor)) => tensor.stored().map(Stored::buffer_bytes).max(),
+            Err(_) => None,
         };
-        gathered
+        made.unwrap_or(0)
             + match (&planned.action, self.source(planned)) {
                 (Action::Encode { layout, cut, .. }, Ok((_, tensor))) => {
                     let source = tensor

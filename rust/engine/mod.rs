@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`checkpoint`] | opens files and finds the logical tensors in them |
 //! | [`request`], [`plan`], `assign`, `memory`, `identity` | what is asked for; everything that will be written, from headers alone |
-//! | `derive`, `gather`, `transpose` | tensors made of rows of stored ones, in another shape, or transposed |
+//! | `derive`, `gather`, `transpose`, `decoded` | tensors made of rows of stored ones, in another shape, transposed, or decoded first |
 //! | `importance` | importance vectors, loaded while their tensor is encoded |
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | [`fill`] | tensors of a file into arrays of the caller, encoded on the way |
@@ -22,6 +22,7 @@ mod assign;
 mod carry;
 pub mod checkpoint;
 pub mod compare;
+mod decoded;
 mod derive;
 mod describe;
 mod extra;

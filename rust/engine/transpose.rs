@@ -1,5 +1,5 @@
-//! A stored matrix with rows and columns exchanged, read in any byte range without holding it: some
-//! rows of the result are a strip of each row of the file.
+//! A stored matrix with rows and columns exchanged, or a stack of them each by itself, read in any byte
+//! range without holding it: some rows of the result are a strip of each row of the file.
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -17,11 +17,11 @@ const LEAST_STRIP_BYTES: u64 = 512;
 /// How many times the usual size a slab has at most, where columns are long.
 const MOST_USUAL_SLABS: u64 = 4;
 
-/// A matrix of plain numbers, transposed.
+/// Matrices of plain numbers, transposed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transposed {
     stored: Stored,
-    /// Rows and columns of the stored matrix.
+    /// Rows and columns of a stored matrix.
     rows: u64,
     columns: u64,
     /// Bytes of a number.
@@ -29,14 +29,15 @@ pub struct Transposed {
 }
 
 impl Transposed {
-    /// The transpose of `stored`, which must have two dimensions and hold plain numbers of 2, 4 or 8 bytes.
+    /// The transpose of `stored`, which must have at least two dimensions, of which the last two are
+    /// exchanged, and hold plain numbers of 2, 4 or 8 bytes.
     pub fn new(stored: Stored) -> Result<Self> {
         let entry = &stored.entry;
         let is_plain = matches!(
             entry.dtype,
             Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I32
         );
-        let (true, [rows, columns]) = (is_plain, entry.shape.as_slice()) else {
+        let (true, [.., rows, columns]) = (is_plain, entry.shape.as_slice()) else {
             return Err(Error::unsupported(format!(
                 "{} of shape {:?} is not transposed: only matrices of plain numbers are",
                 entry.dtype, entry.shape
@@ -50,9 +51,18 @@ impl Transposed {
         })
     }
 
-    /// The stored matrix, of the shape that it is read in.
+    /// The shape that it is read in.
     pub fn shape(&self) -> Vec<u64> {
-        vec![self.columns, self.rows]
+        let outer = match self.stored.entry.shape.as_slice() {
+            [outer @ .., _, _] => outer,
+            _ => &[],
+        };
+        [outer, &[self.columns, self.rows]].concat()
+    }
+
+    /// What is transposed.
+    pub fn stored(&self) -> &Stored {
+        &self.stored
     }
 
     /// Bytes of a slab for which strips are not too short: `usual`, or more.
@@ -80,10 +90,25 @@ impl Transposed {
         if !torn.is_empty() || !offset.is_multiple_of(BYTES as u64) {
             return Err(Error::Internal(String::from("a read divides an element")));
         }
-        if elements.is_empty() {
-            return Ok(());
+        let matrix = self.rows.saturating_mul(self.columns).max(1);
+        let (mut first, mut rest) = (offset / BYTES as u64, elements);
+        while !rest.is_empty() {
+            let here = (matrix - first % matrix).min(rest.len() as u64);
+            let (elements, later) = rest.split_at_mut(shape::to_usize(here)?);
+            self.read_matrix(first / matrix * matrix, first % matrix, elements, fetch)?;
+            (first, rest) = (first + here, later);
         }
-        let first = offset / BYTES as u64;
+        Ok(())
+    }
+
+    /// Fills `elements` with those of one matrix from `first` on; `base` elements are stored before it.
+    fn read_matrix<const BYTES: usize>(
+        &self,
+        base: u64,
+        first: u64,
+        elements: &mut [[u8; BYTES]],
+        fetch: &Fetch<'_>,
+    ) -> Result<()> {
         let end = first + elements.len() as u64;
         // Rows of the result, the first and the last of which may be there in part.
         let (top, bottom) = (first / self.rows, end.div_ceil(self.rows));
@@ -96,7 +121,7 @@ impl Transposed {
                 .zip(strips.chunks_exact_mut(strip))
                 .take(together as usize)
             {
-                let place = column * self.columns + top;
+                let place = base + column * self.columns + top;
                 fetch(&self.stored, place * BYTES as u64, strip.as_flattened_mut())?;
             }
             for row in 0..count {
@@ -177,6 +202,32 @@ mod tests {
                     }
                 }
                 assert!(transposed.read(1, &mut [0; 8], &fetch).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn each_matrix_of_a_stack_is_transposed_by_itself() {
+        let mut array = stored(Dtype::F32, 6, 5);
+        array.entry.shape = vec![2, 3, 5];
+        let fetch = |_: &Stored, offset: u64, buffer: &mut [u8]| {
+            for (index, number) in (offset / 4..).zip(buffer.chunks_exact_mut(4)) {
+                number.copy_from_slice(&(index as f32).to_le_bytes());
+            }
+            Ok(())
+        };
+        let place = |index: usize| (index / 15) * 15 + index % 3 * 5 + index / 3 % 5;
+        let transposed = Transposed::new(array).unwrap();
+        assert_eq!(transposed.shape(), [2, 5, 3]);
+        for first in 0..30 {
+            for end in first..=30 {
+                let mut buffer = vec![0; (end - first) * 4];
+                let offset = first as u64 * 4;
+                transposed.read(offset, &mut buffer, &fetch).unwrap();
+                let expected: Vec<u8> = (first..end)
+                    .flat_map(|index| (place(index) as f32).to_le_bytes())
+                    .collect();
+                assert_eq!(buffer, expected, "{first}..{end}");
             }
         }
     }

@@ -442,6 +442,12 @@ pub trait Format: Sync + Send {
         weights: &mut [f32],
     ) -> Result<()>;
 
+    /// Weights at multiples of which, counted from the start of a unit, a tile to decode may begin and end as
+    /// long as it stays in that unit.
+    fn decode_step(&self, layout: &Layout) -> u64 {
+        layout.unit_weights
+    }
+
     /// Bytes of each whole-tensor component, by component index, after encoding.
     fn whole(&self, _layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
         Ok(Vec::new())

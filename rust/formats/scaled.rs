@@ -405,6 +405,13 @@ impl Format for Scaled {
         Ok(())
     }
 
+    fn decode_step(&self, layout: &Layout) -> u64 {
+        match self.share {
+            Share::Tensor | Share::Row { .. } => layout.unit_weights,
+            Share::Block { .. } => shape::row_weights(&layout.shape),
+        }
+    }
+
     fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
         Ok(match self.share {
             Share::Tensor => vec![(1, layout.params.tensor_scale.to_le_bytes().to_vec())],

@@ -214,6 +214,97 @@ fn packed_rows_are_joined_without_being_decoded() {
     }
 }
 
+/// The stored arrays of `values` in `format`, and the weights that they decode to.
+fn packed(format: &str, name: &str, shape: &[u64], values: &[f32]) -> (Vec<Array>, Vec<f32>) {
+    let format = formats::find(format).unwrap();
+    let mut layout = format.layout(shape, &Params::default()).unwrap();
+    let mut buffers: Vec<Vec<u8>> = (0..layout.components.len())
+        .map(|index| vec![0; layout.component_bytes(index).unwrap() as usize])
+        .collect();
+    let mut places: Vec<&mut [u8]> = buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
+    let (data, options) = (bytes(values), Options::default());
+    array::encode_array(format, &mut layout, Dtype::F32, &data, &mut places, options).unwrap();
+    let mut weights = vec![0; data.len()];
+    let parts: Vec<&[u8]> = buffers.iter().map(|buffer| &buffer[..]).collect();
+    array::decode_array(format, &layout, &parts, Dtype::F32, &mut weights, options).unwrap();
+    let arrays = layout
+        .components
+        .iter()
+        .zip(&buffers)
+        .map(|(array, bytes)| {
+            let name: &'static str = String::leak(array.stored_name(name));
+            (name, array.dtype, array.shape.clone(), bytes.clone())
+        });
+    let weights = weights
+        .chunks_exact(4)
+        .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+    (arrays.collect(), weights.collect())
+}
+
+#[test]
+fn rows_of_several_arrays_and_of_several_types_are_decoded_and_joined() {
+    let folder = tempfile::tempdir().unwrap();
+    // Units of a row, of 128 rows, and of blocks that run over the end of a row.
+    for format in ["quanto:int8", "fp8:block", "bitsandbytes:nf4"] {
+        let (mut all, w) = packed(format, "a.weight", &[320, 144], &numbers(320 * 144, 1));
+        let half: Vec<u8> = (0..6 * 144u16)
+            .flat_map(|bits| (bits * 7).to_le_bytes())
+            .collect();
+        all.push(("half", Dtype::F16, vec![6, 144], half.clone()));
+        let path = folder.path().join("model.safetensors");
+        let source = write(&path, Container::Safetensors, &all);
+        let task = |format: &str, rows: Value| json!({"checkpoint": 0, "name": "a.weight", "as": "t", "format": format, "rows": rows});
+        for target in ["f32", "gguf:q8_0"] {
+            let expect = |shape: &[u64], values: &[f32]| match target {
+                "f32" => bytes(values),
+                target => encoded(target, shape, values, None),
+            };
+            // Rows that begin and end inside of a unit, whole heads, and a far interleave.
+            for (first, count, groups) in [(7, 250, 125), (0, 320, 10), (64, 256, 1), (317, 2, 1)] {
+                let parts = if count > 2 { 2 } else { 1 };
+                let size = count / groups;
+                let order = (0..count).map(|row| {
+                    let within = row % size;
+                    first + row / size * size + within % parts * (size / parts) + within / parts
+                });
+                let expected = rows(&w, 144, order);
+                let interleave = json!({"groups": groups, "parts": parts});
+                let some = json!([{"name": "a.weight", "first": first, "count": count, "interleave": interleave}]);
+                let shape = [count as u64, 144];
+                let shape = if target == "f32" {
+                    shape.to_vec()
+                } else {
+                    vec![count as u64 * 144 / 32, 32]
+                };
+                let mut task = task(target, some);
+                task["shape"] = json!(shape);
+                let found = convert(&[&source], task);
+                assert_eq!(
+                    found,
+                    (shape.clone(), expect(&shape, &expected)),
+                    "{format} {first}"
+                );
+            }
+        }
+        let both = json!([{"name": "half"}, {"name": "a.weight", "first": 1, "count": 2}]);
+        let mut expected: Vec<f32> = (0..6 * 144u16)
+            .map(|bits| half::f16::from_bits(bits * 7).to_f32())
+            .collect();
+        expected.extend(&w[144..3 * 144]);
+        let found = convert(&[&source], task("f32", both.clone()));
+        assert_eq!(found, (vec![8, 144], bytes(&expected)));
+        let output = json!({"tensors": [task("copy", both)]});
+        let refusal = try_plan(
+            &[&source],
+            &folder.path().join("out.gguf"),
+            output,
+            json!({}),
+        );
+        let text = refusal.err().unwrap().to_string();
+        assert!(text.contains("not joined as they are stored"), "{text}");
+    }
+}
+
 #[test]
 fn shapes_change_and_numbers_are_added_before_the_encoding() {
     let folder = tempfile::tempdir().unwrap();
