@@ -208,10 +208,15 @@ def _module(entry: Entry, layers: Layers) -> str:
     return layer.module if layer is not None else entry.name.rpartition(".")[0]
 
 
+def _is_same(decision: Decision) -> bool:
+    """Whether the tensor is packed anew with nothing lost: MXFP4 is the same numbers in every layout."""
+    return all((name or "").endswith(":mxfp4") for name in (decision.format, decision.entry.format))
+
+
 def _doubts(decisions: Iterable[Decision], target: Target) -> list[str]:
     decisions = list(decisions)
     doubts = []
-    twice = sum(1 for d in decisions if ":" in d.format and not d.entry.is_plain)
+    twice = sum(1 for d in decisions if ":" in d.format and not d.entry.is_plain and not _is_same(d))
     if twice:
         doubts.append(f"{twice} tensors are packed already, and lose precision a second time")
     if target.container == "gguf":

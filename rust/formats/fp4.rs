@@ -1,9 +1,12 @@
-//! ModelOpt's 4-bit floats (E2M1) with a scale for every 16 or 32 weights of a row, in separate arrays.
+//! 4-bit floats (E2M1) with a scale for every 16 or 32 weights of a row, in separate arrays, as ModelOpt and
+//! compressed-tensors store them.
 //!
-//! | format | `weight` | `weight_scale` | `weight_scale_2` |
+//! | format | codes | `weight_scale` | scale of the tensor |
 //! |---|---|---|---|
-//! | `modelopt:nvfp4` | U8 [.., N, K/2] | F8_E4M3 [.., N, K/16], rows in order (not swizzled) | F32 [] |
-//! | `modelopt:mxfp4` | U8 [.., N, K/2] | U8 [.., N, K/32]: E8M0 | – |
+//! | `modelopt:nvfp4` | `weight` U8 [.., N, K/2] | F8_E4M3 [.., N, K/16], rows in order (not swizzled) | `weight_scale_2` F32 [] |
+//! | `modelopt:mxfp4` | `weight` U8 [.., N, K/2] | U8 [.., N, K/32]: E8M0 | – |
+//! | `compressed-tensors:nvfp4` | `weight_packed` U8 [N, K/2] | F8_E4M3 [N, K/16] | `weight_global_scale` F32 \[1\], divided by |
+//! | `compressed-tensors:mxfp4` | `weight_packed` U8 [N, K/2] | U8 [N, K/32]: E8M0 | – |
 //!
 //! A byte holds the code of an even weight in bits 0-3 and of the odd one behind it in bits 4-7. A code
 //! is a sign (bit 3) and a magnitude (bits 0-2) of 0, ½, 1, 1½, 2, 3, 4, 6.
@@ -11,7 +14,7 @@
 //! NVFP4, a being the largest magnitude of the tensor and m that of a block, each operation rounded to
 //! `f32` by itself: g = a/2688 (2688 = 6·448); s = m/(6·g), 1 if that is 0, held to 2^−9..448, rounded to
 //! E4M3; the code is the nearest to w/(s·g), ties to the even code; −0 is the code of 0. Decoding:
-//! value·(s·g).
+//! value·(s·g). compressed-tensors stores the number g that s is divided by: value·(s/g).
 //!
 //! MXFP4: the exponent is ⌈log₂(m/6)⌉, at least −127, where the quotient is rounded to `f32`, and so is
 //! the logarithm (a quotient just above a power of two counts as that power); it is stored with 127
@@ -24,7 +27,8 @@
 //! - NVFP4, s·g = 0 (a < 10^−39): codes of zero. ModelOpt stores codes of 6, or of NaN as 7.
 //! - MXFP4 blocks of zeros: exponent −127.
 //! - Rows are multiples of 16 or 32; ModelOpt refuses others too.
-//! - NVFP4 in blocks of 32 (ModelOpt's W4A8) is decoded, and not encoded.
+//! - NVFP4 in blocks of 32 (ModelOpt's W4A8) is decoded, and not encoded, and so is all of compressed-tensors.
+//! - Decoding gives code 8 the sign of zero that the peer gives it: none in ModelOpt's NVFP4, minus in others.
 //!
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer; `NVFP4QTensor`, `MXFP4QTensor`). The logarithm
 //! of MXFP4 is that of a correctly rounded `log2f`; torch's may differ by a unit in the last place, which
@@ -53,15 +57,43 @@ const SIGNED_VALUES: [f32; 16] = [
 ];
 
 /// Blocks of 16 with E4M3 scales.
-pub struct NvFp4;
+pub struct NvFp4 {
+    info: &'static Info,
+    /// Names of the codes and of the scale of the tensor.
+    codes: &'static str,
+    tensor_scale: &'static str,
+    /// Whether the scale of the tensor is stored as what the others are divided by.
+    divides: bool,
+    values: &'static [f32; 16],
+}
 /// Blocks of 32 with powers of two.
-pub struct MxFp4;
+pub struct MxFp4 {
+    info: &'static Info,
+    codes: &'static str,
+}
 
-pub static NVFP4: NvFp4 = NvFp4;
-pub static MXFP4: MxFp4 = MxFp4;
-
-static NVFP4_INFO: Info = info("modelopt:nvfp4", 4.5);
-static MXFP4_INFO: Info = info("modelopt:mxfp4", 4.25);
+pub static NVFP4: NvFp4 = NvFp4 {
+    info: &info("modelopt:nvfp4", 4.5),
+    codes: "",
+    tensor_scale: "weight_scale_2",
+    divides: false,
+    values: &VALUES,
+};
+pub static MXFP4: MxFp4 = MxFp4 {
+    info: &info("modelopt:mxfp4", 4.25),
+    codes: "",
+};
+pub static COMPRESSED_NVFP4: NvFp4 = NvFp4 {
+    info: &compressed("compressed-tensors:nvfp4", 4.5),
+    codes: "weight_packed",
+    tensor_scale: "weight_global_scale",
+    divides: true,
+    values: &SIGNED_VALUES,
+};
+pub static COMPRESSED_MXFP4: MxFp4 = MxFp4 {
+    info: &compressed("compressed-tensors:mxfp4", 4.25),
+    codes: "weight_packed",
+};
 
 const fn info(name: &'static str, bits_per_weight: f64) -> Info {
     Info {
@@ -76,7 +108,22 @@ const fn info(name: &'static str, bits_per_weight: f64) -> Info {
     }
 }
 
-fn components(name: &str, shape: &[u64], block: u64, scales: Dtype) -> Result<Vec<Component>> {
+const fn compressed(name: &'static str, bits_per_weight: f64) -> Info {
+    Info {
+        peer: "compressed-tensors 0.20",
+        reader: "transformers, vLLM, SGLang",
+        encodes: Encodes::Never,
+        ..info(name, bits_per_weight)
+    }
+}
+
+fn components(
+    name: &str,
+    codes: &'static str,
+    shape: &[u64],
+    block: u64,
+    scales: Dtype,
+) -> Result<Vec<Component>> {
     let [outer @ .., columns] = shape else {
         return Err(Error::format(format!("{name}: takes rows, got a scalar")));
     };
@@ -93,8 +140,11 @@ fn components(name: &str, shape: &[u64], block: u64, scales: Dtype) -> Result<Ve
     let rows_of = |length: u64| [outer, &[length]].concat();
     Ok(vec![
         Component {
-            suffix: "".into(),
-            naming: Naming::Appended,
+            suffix: codes.into(),
+            naming: match codes {
+                "" => Naming::Appended,
+                _ => Naming::Sibling,
+            },
             dtype: Dtype::U8,
             shape: rows_of(columns / 2),
             span: Span::Blocks {
@@ -117,7 +167,7 @@ fn components(name: &str, shape: &[u64], block: u64, scales: Dtype) -> Result<Ve
 
 impl Format for NvFp4 {
     fn info(&self) -> &'static Info {
-        &NVFP4_INFO
+        self.info
     }
 
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
@@ -125,13 +175,14 @@ impl Format for NvFp4 {
             Some(32) => 32,
             _ => 16,
         };
-        params.refuse_choices(NVFP4_INFO.name, Some(block))?;
-        let mut components = components(NVFP4_INFO.name, shape, block, Dtype::F8_E4M3)?;
+        params.refuse_choices(self.info.name, Some(block))?;
+        let name = self.info.name;
+        let mut components = components(name, self.codes, shape, block, Dtype::F8_E4M3)?;
         components.push(Component {
-            suffix: "weight_scale_2".into(),
+            suffix: self.tensor_scale.into(),
             naming: Naming::Sibling,
             dtype: Dtype::F32,
-            shape: Vec::new(),
+            shape: if self.divides { vec![1] } else { Vec::new() },
             span: Span::Whole,
         });
         Ok(Layout {
@@ -162,7 +213,8 @@ impl Format for NvFp4 {
     }
 
     fn check_encodes(&self, params: &Params) -> Result<()> {
-        params.refuse_choices(NVFP4_INFO.name, Some(16))
+        self.info.check_encodes(params)?;
+        params.refuse_choices(self.info.name, Some(16))
     }
 
     fn encode(
@@ -173,6 +225,7 @@ impl Format for NvFp4 {
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
+        self.check_encodes(&layout.params)?;
         let tensor_scale = layout.params.tensor_scale;
         let [codes, scales, ..] = parts;
         let blocks = weights.as_chunks().0.iter();
@@ -200,8 +253,11 @@ impl Format for NvFp4 {
             .chunks_exact_mut(block)
             .zip(codes.chunks_exact(block / 2));
         for ((weights, codes), &scale) in blocks.zip(*scales) {
-            let scale = of_e4m3(scale) * layout.params.tensor_scale;
-            decode_codes(&VALUES, scale, codes, weights);
+            let scale = match self.divides {
+                false => of_e4m3(scale) * layout.params.tensor_scale,
+                true => of_e4m3(scale) / layout.params.tensor_scale,
+            };
+            decode_codes(self.values, scale, codes, weights);
         }
         Ok(())
     }
@@ -217,16 +273,16 @@ impl Format for NvFp4 {
 
 impl Format for MxFp4 {
     fn info(&self) -> &'static Info {
-        &MXFP4_INFO
+        self.info
     }
 
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
-        params.refuse_choices(MXFP4_INFO.name, Some(32))?;
+        params.refuse_choices(self.info.name, Some(32))?;
         Ok(Layout {
             shape: shape.to_vec(),
             weights: shape::count_weights(shape)?,
             params: params.clone(),
-            components: components(MXFP4_INFO.name, shape, 32, Dtype::U8)?,
+            components: components(self.info.name, self.codes, shape, 32, Dtype::U8)?,
             unit_weights: 32,
             statistics: None,
         })
@@ -234,12 +290,13 @@ impl Format for MxFp4 {
 
     fn encode(
         &self,
-        _layout: &Layout,
+        layout: &Layout,
         _first: u64,
         weights: &[f32],
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
+        self.check_encodes(&layout.params)?;
         let [codes, scales, ..] = parts;
         let blocks = weights.as_chunks().0.iter();
         for ((weights, codes), scale) in blocks.zip(codes.as_chunks_mut().0).zip(scales.iter_mut())

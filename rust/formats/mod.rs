@@ -33,6 +33,7 @@ mod ggml_k_encode;
 pub mod ggml_search;
 #[doc(hidden)]
 pub mod ggml_ternary;
+pub mod grid;
 pub mod grouped;
 #[doc(hidden)]
 pub mod int4_rows;
@@ -64,6 +65,7 @@ use crate::{kernels, shape};
 
 pub use blocks::{Block, Weighing};
 pub use bnb4_state::{read_quant_state, QuantState};
+pub use grid::Grid;
 pub use grouped::Integers;
 pub use validity::first_invalid;
 
@@ -97,6 +99,8 @@ pub struct Params {
     pub column_factors: Option<Arc<[f32]>>,
     /// GGUF: how much each weight counts when codes and scales are searched.
     pub importance: Option<Importance>,
+    /// Bytes with a scale for each cell of a grid: what a cell is. Set by the reader.
+    pub grid: Option<Grid>,
     /// Whole numbers in groups: how they are packed. Set by the reader.
     pub integers: Option<Arc<Integers>>,
 }
@@ -174,6 +178,7 @@ impl Default for Params {
             tensor_scale: 1.0,
             column_factors: None,
             importance: None,
+            grid: None,
             integers: None,
         }
     }
@@ -379,6 +384,23 @@ pub struct Info {
     pub encodes: Encodes,
 }
 
+impl Info {
+    /// As [`Format::check_encodes`], by the table alone.
+    fn check_encodes(&self, params: &Params) -> Result<()> {
+        match self.encodes {
+            Encodes::Never => Err(Error::unsupported(format!(
+                "{}: is decoded, and not encoded",
+                self.name
+            ))),
+            Encodes::WithImportance if params.importance.is_none() => Err(Error::unsupported(
+                format!("{}: is encoded with an importance vector only", self.name),
+            )
+            .hint("give one (--importance FILE), or choose another format")),
+            Encodes::WithImportance | Encodes::Always => Ok(()),
+        }
+    }
+}
+
 /// A numeric layout. Object-safe; implementations hold no state.
 pub trait Format: Sync + Send {
     /// This format's row in the table.
@@ -407,18 +429,7 @@ pub trait Format: Sync + Send {
 
     /// Fails if tensors cannot be encoded with these parameters, whatever their shape.
     fn check_encodes(&self, params: &Params) -> Result<()> {
-        let info = self.info();
-        match info.encodes {
-            Encodes::Never => Err(Error::unsupported(format!(
-                "{}: is decoded, and not encoded",
-                info.name
-            ))),
-            Encodes::WithImportance if params.importance.is_none() => Err(Error::unsupported(
-                format!("{}: is encoded with an importance vector only", info.name),
-            )
-            .hint("give one (--importance FILE), or choose another format")),
-            Encodes::WithImportance | Encodes::Always => Ok(()),
-        }
+        self.info().check_encodes(params)
     }
 
     /// Encodes the tile that begins at weight `first` into its part of each sliced component.
@@ -510,6 +521,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &scaled::MODELOPT_FP8_BLOCK,
     &scaled::MODELOPT_INT8,
     &int4_rows::INT4,
+    &grid::MXFP8,
     &scaled::FP8_BLOCK,
     &scaled::FP8_ROW,
     &scaled::FP8_TENSOR,
@@ -543,6 +555,10 @@ pub static FORMATS: &[&dyn Format] = &[
     &grouped::GPTQ,
     &grouped::AWQ,
     &grouped::COMPRESSED,
+    &fp4::COMPRESSED_NVFP4,
+    &fp4::COMPRESSED_MXFP4,
+    &grid::INT8,
+    &grid::FLOAT8,
     &plain::BF16,
     &plain::F16,
     &plain::F32,

@@ -443,22 +443,22 @@ pub fn with_scales(mut layout: Layout, dtype: Dtype, scales: &[u64]) -> Result<L
     Ok(layout)
 }
 
-/// Bytes of a scale that is stored as `dtype`.
-fn scale_bytes(dtype: Dtype) -> Result<usize> {
+/// Bytes of a scale that is stored as `dtype`; whole numbers are powers of two (E8M0).
+pub(super) fn scale_bytes(dtype: Dtype) -> Result<usize> {
     match dtype {
         Dtype::F32 => Ok(4),
         Dtype::BF16 | Dtype::F16 => Ok(2),
-        Dtype::F8_E8M0 => Ok(1),
+        Dtype::F8_E8M0 | Dtype::U8 => Ok(1),
         _ => Err(Error::unsupported(format!("scales are {dtype}"))),
     }
 }
 
-fn read_scale(dtype: Dtype, bytes: &[u8]) -> f32 {
+pub(super) fn read_scale(dtype: Dtype, bytes: &[u8]) -> f32 {
     match (dtype, bytes) {
         (Dtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
         (Dtype::BF16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
         (Dtype::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
-        (Dtype::F8_E8M0, &[code]) => of_e8m0(code),
+        (Dtype::F8_E8M0 | Dtype::U8, &[code]) => of_e8m0(code),
         _ => f32::NAN,
     }
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 __all__ = ["FORMATS", "METHODS", "describes", "leftovers"]
 
 METHODS = ("compressed-tensors",)
-FORMATS = ("compressed-tensors:", "fp8:")
+FORMATS = ("compressed-tensors:", "fp8:", "modelopt:mxfp8")
 _ARRAYS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_global_scale", ".compressed", ".bitmask")
 
 

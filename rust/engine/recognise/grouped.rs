@@ -3,9 +3,7 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
-
-use super::{Recognised, Sources};
+use super::{module_of, Recognised, Sources};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::formats::{self, Format, Integers, Params};
@@ -32,19 +30,13 @@ pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
     Ok(found)
 }
 
-/// What stands before the last segment of `name`, if that is `leaf`.
-fn module_of<'n>(name: &'n str, leaf: &str) -> Option<&'n str> {
-    let module = name.strip_suffix(leaf)?;
-    (module.is_empty() || module.ends_with('.')).then_some(module)
-}
-
 /// GPTQ and AWQ.
 fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Option<Recognised>> {
     let (Some(scales), Some(zeros)) = (
         sources.get(&format!("{module}scales")),
         sources.get(&format!("{module}qzeros")),
     ) else {
-        return match text(sources, "quant_method") {
+        return match sources.text("quant_method") {
             Some(method @ ("gptq" | "awq")) => Err(Error::checkpoint(format!(
                 "\"{module}scales\" or \"{module}qzeros\" is missing, which {method} has beside its codes"
             ))),
@@ -59,7 +51,7 @@ fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Opt
     let order = sources.get(&format!("{module}g_idx"));
     let (format, bits, columns): (&'static dyn Format, u64, u64) = if second == rows {
         refuse_unless(sources, "checkpoint_format", &["gptq", "gptq_v2"])?;
-        let told = number(sources, "bits");
+        let told = sources.number("bits");
         let bits = match order.and_then(|order| order.entry.shape.first().copied()) {
             Some(columns) if columns > 0 => {
                 shape::multiply(first, 32, "bits of a column")? / columns
@@ -78,7 +70,7 @@ fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Opt
         )));
     };
     let is_gptq = second == rows;
-    let is_second_version = text(sources, "checkpoint_format") == Some("gptq_v2");
+    let is_second_version = sources.text("checkpoint_format") == Some("gptq_v2");
     let group = group_size(sources, columns, groups);
     let integers = Integers {
         bits,
@@ -119,7 +111,8 @@ fn by_rows(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Option
     let (rows, columns) = (u64::from_le_bytes(rows), u64::from_le_bytes(columns));
     let words = codes.entry.shape.last().copied().unwrap_or(0);
     let fits = |bits: &u64| columns.checked_mul(*bits).map(|bits| bits.div_ceil(32)) == Some(words);
-    let Some(bits) = number(sources, "num_bits")
+    let Some(bits) = sources
+        .number("num_bits")
         .into_iter()
         .chain([4, 8, 2, 3, 5, 6, 7, 1])
         .find(fits)
@@ -191,7 +184,8 @@ fn scale_type(scales: &Stored) -> Result<Dtype> {
 /// Columns of a group. Where they do not divide the row, only the config tells.
 fn group_size(sources: &Sources<'_>, columns: u64, groups: u64) -> u64 {
     let even = columns.div_ceil(groups.max(1)).max(1);
-    number(sources, "group_size")
+    sources
+        .number("group_size")
         .filter(|&told| told > 0 && columns.div_ceil(told) == groups)
         .unwrap_or(even)
 }
@@ -233,27 +227,9 @@ fn read_order(
     Ok((!in_order).then_some(numbers))
 }
 
-/// A number of the quantization config, wherever it stands in it.
-fn number(sources: &Sources<'_>, key: &str) -> Option<u64> {
-    look_up(sources.hints.quantization.as_ref()?, key)?.as_u64()
-}
-
-fn text<'s>(sources: &Sources<'s>, key: &str) -> Option<&'s str> {
-    look_up(sources.hints.quantization.as_ref()?, key)?.as_str()
-}
-
-/// The first value called `key` in an object or in those within it.
-fn look_up<'v>(value: &'v Value, key: &str) -> Option<&'v Value> {
-    let object = value.as_object()?;
-    object
-        .get(key)
-        .filter(|value| !value.is_null())
-        .or_else(|| object.values().find_map(|inner| look_up(inner, key)))
-}
-
 /// Fails if the config names a layout that is none of `known`.
 fn refuse_unless(sources: &Sources<'_>, key: &str, known: &[&str]) -> Result<()> {
-    match text(sources, key) {
+    match sources.text(key) {
         Some(layout) if !known.contains(&layout.to_lowercase().as_str()) => {
             Err(Error::unsupported(format!(
                 "{key} \"{layout}\" is not decoded by this version, only {}",

@@ -4,6 +4,7 @@
 //! `config.json` says; [`PACKINGS`] is their list. A weight is claimed by the first that finds it.
 
 mod bitsandbytes;
+mod compressed;
 mod fp8;
 mod grouped;
 mod modelopt;
@@ -66,6 +67,9 @@ const BESIDE: &[&str] = &[
     "k_scale",
     "v_scale",
     "weight_scale_2",
+    "input_global_scale",
+    "input_zero_point",
+    "output_zero_point",
 ];
 /// Most columns that have factors of their own.
 const MOST_COLUMNS: u64 = 1 << 24;
@@ -76,6 +80,7 @@ const PACKINGS: &[Find] = &[
     torchao::find,
     quanto::find,
     grouped::find,
+    compressed::find,
     modelopt::find,
     fp8::find,
 ];
@@ -118,6 +123,21 @@ impl Sources<'_> {
     /// The stored array called `name`.
     pub fn get(&self, name: &str) -> Option<&Stored> {
         self.stored.get(name)
+    }
+
+    /// A number of the quantization config, wherever it stands in it.
+    fn number(&self, key: &str) -> Option<u64> {
+        self.config(key)?.as_u64()
+    }
+
+    /// As [`Sources::number`], a text.
+    fn text(&self, key: &str) -> Option<&str> {
+        self.config(key)?.as_str()
+    }
+
+    /// The first value called `key` of the quantization config.
+    fn config(&self, key: &str) -> Option<&Value> {
+        look_up(self.hints.quantization.as_ref()?, key)
     }
 
     /// `error` with the tensor and, where there is an array of that name, its file.
@@ -237,16 +257,25 @@ impl Sources<'_> {
         Ok(factors)
     }
 
-    /// The number that an array of one `f32` holds.
+    /// The number that an array of one floating point number holds.
     fn scale(&self, stored: &Stored) -> Result<f32> {
-        let bytes = self.checkpoint.read_whole(stored)?;
-        match (stored.entry.dtype, bytes.try_into()) {
-            (Dtype::F32, Ok(bytes)) => Ok(f32::from_le_bytes(bytes)),
-            (dtype, _) => Err(Error::checkpoint(format!(
-                "\"{}\" is {dtype} {:?}, expected one F32",
+        let dtype = stored.entry.dtype;
+        let is_known = matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+        if !is_known || shape::count_weights(&stored.entry.shape)? != 1 {
+            return Err(Error::checkpoint(format!(
+                "\"{}\" is {dtype} {:?}, expected one number of F32, F16 or BF16",
                 stored.entry.name, stored.entry.shape
-            ))),
+            )));
         }
+        let mut found = [0.0];
+        float::widen(
+            dtype,
+            &self.checkpoint.read_whole(stored)?,
+            &mut found,
+            false,
+        )?;
+        let [scale] = found;
+        Ok(scale)
     }
 
     /// Whole-tensor components whose content the format fixes (code tables) must hold just that.
@@ -272,4 +301,19 @@ impl Sources<'_> {
         }
         Ok(tensor)
     }
+}
+
+/// What stands before the last segment of `name`, if that is `leaf`.
+fn module_of<'n>(name: &'n str, leaf: &str) -> Option<&'n str> {
+    let module = name.strip_suffix(leaf)?;
+    (module.is_empty() || module.ends_with('.')).then_some(module)
+}
+
+/// The first value called `key` in an object or in those within it.
+fn look_up<'v>(value: &'v Value, key: &str) -> Option<&'v Value> {
+    let object = value.as_object()?;
+    object
+        .get(key)
+        .filter(|value| !value.is_null())
+        .or_else(|| object.values().find_map(|inner| look_up(inner, key)))
 }
