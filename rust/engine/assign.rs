@@ -56,6 +56,7 @@ pub fn assign(
         action,
         shard: 0,
         slots,
+        shared_scale: None,
     };
     Ok((planned, entries))
 }

@@ -209,6 +209,7 @@ fn check_stored<'c>(
         add: job.add,
         with_previous: false,
         importance: None,
+        shared_scale: None,
     };
     let through = job.through.as_deref().map(rounding_type).transpose()?;
     let mut derived = derive(checkpoint, &assignment)?;
@@ -570,9 +571,11 @@ impl<'o, 'c> Fill<'o, 'c> {
                 let range = task.cut.slab_range(*slab, task.target.layout.weights);
                 self.read(job, task, &range, scratch)?;
                 task.measure(&range, scratch, &|| stop.check())?;
-                state
-                    .first_pass
-                    .add(task.target, &range, &scratch.statistics)
+                let first_pass = &state.first_pass;
+                match first_pass.add(task.target, &range, &scratch.statistics)? {
+                    Some(statistics) => first_pass.settle(task.target, statistics),
+                    None => Ok(()),
+                }
             }
             Piece::Encode { slab, places, .. } => {
                 let mut task = job.task()?;

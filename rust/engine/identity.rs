@@ -39,6 +39,9 @@ pub fn plan_id(request: &Request, checkpoints: &[Arc<Checkpoint>]) -> Result<Str
             if tensor.with_previous {
                 feed("with the one before");
             }
+            if let Some(word) = &tensor.shared_scale {
+                feed(&format!("scale of {word}"));
+            }
         }
     }
     for extra in &request.files {

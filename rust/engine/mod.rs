@@ -9,7 +9,7 @@
 //! | [`run`] | workers that carry the plan out, slab by slab |
 //! | [`fill`] | tensors of a file into arrays of the caller, encoded on the way |
 //! | `slab` | decode, encode and measure a slab while it is in cache |
-//! | `two_pass` | the first pass of formats that need the whole tensor first |
+//! | `two_pass`, `shared_scale` | the first pass of formats that need the whole tensor first, or several |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
 //! | `carry`, `leftovers` | files of a folder that outlive its model; what killed runs left |
 //! | [`array`] | encode and decode an array in memory |
@@ -45,6 +45,7 @@ pub mod report;
 pub mod request;
 pub mod run;
 mod shards;
+mod shared_scale;
 mod slab;
 mod transpose;
 mod two_pass;

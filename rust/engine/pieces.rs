@@ -81,7 +81,19 @@ pub fn read_slab(
     Ok(read)
 }
 
-/// Lists the pieces of one tensor; gives the number that belong to the first pass.
+/// Lists the pieces of the first pass over one tensor; gives their number.
+pub fn add_first_pass(tensor: usize, planned: &Planned, pieces: &mut Vec<Piece>) -> usize {
+    let before = pieces.len();
+    if let Action::Encode { layout, cut, .. } = &planned.action {
+        if layout.statistics.is_some() {
+            let slabs = 0..cut.slabs(layout.weights);
+            pieces.extend(slabs.map(|slab| Piece::Measure { tensor, slab }));
+        }
+    }
+    pieces.len() - before
+}
+
+/// Lists the pieces of one tensor, but for those of the first pass; gives their number.
 pub fn add_pieces(
     plan: &Plan,
     tensor: usize,
@@ -109,14 +121,9 @@ pub fn add_pieces(
                     first += step;
                 }
             }
-            Ok(0)
         }
         Action::Encode { layout, cut, .. } => {
             let slabs = cut.slabs(layout.weights);
-            if layout.statistics.is_some() {
-                pieces.extend((0..slabs).map(|slab| Piece::Measure { tensor, slab }));
-            }
-            let measured = pieces.len() - before;
             pieces.extend((0..slabs).map(|slab| Piece::Encode { tensor, slab }));
             if slabs == 0 {
                 // Nothing to encode, but the components that do not depend on weights are there.
@@ -127,9 +134,9 @@ pub fn add_pieces(
                     bytes: 0,
                 });
             }
-            Ok(measured)
         }
     }
+    Ok(pieces.len() - before)
 }
 
 /// Bytes copied at a time, about `slab_bytes`: whole elements, so that big-endian ones can be turned

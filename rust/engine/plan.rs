@@ -16,6 +16,7 @@ use super::identity;
 use super::importance::Weighed;
 use super::request::{self, ExtraFile, Kind, Options, Output, Request};
 use super::shards;
+use super::shared_scale;
 use super::slab::{Cut, Packed, Task};
 use super::workspace;
 
@@ -75,6 +76,8 @@ pub struct Planned {
     pub shard: usize,
     /// Its components in that shard.
     pub slots: Vec<Slot>,
+    /// Position among the plan's sets of tensors with one scale, where it is in one.
+    pub shared_scale: Option<usize>,
 }
 
 impl Planned {
@@ -136,6 +139,8 @@ pub struct Plan {
     pub checkpoints: Vec<Arc<Checkpoint>>,
     /// Tensors in shard order.
     pub tensors: Vec<Planned>,
+    /// Sets of tensors that get one scale, as positions in `tensors`.
+    pub shared_scales: Vec<Vec<usize>>,
     /// Weights files.
     pub shards: Vec<Shard>,
     /// Indexes of outputs with several shards.
@@ -167,6 +172,7 @@ impl Plan {
             kind: request.kind,
             checkpoints,
             tensors: Vec::new(),
+            shared_scales: Vec::new(),
             shards: Vec::new(),
             indexes: Vec::new(),
             files: request.files,
@@ -314,6 +320,7 @@ impl Plan {
             groups.push(held.flatten().collect::<Vec<_>>());
         }
         let count = groups.len();
+        let first_tensor = self.tensors.len();
         let mut weight_map = BTreeMap::new();
         for (number, group) in groups.into_iter().enumerate() {
             let name = match self.kind {
@@ -340,6 +347,7 @@ impl Plan {
                 group,
             )?;
         }
+        self.share_scales(output, first_tensor)?;
         if count > 1 {
             self.indexes.push(IndexFile {
                 path: Path::new(&output.folder).join(match &output.index {
@@ -386,6 +394,21 @@ impl Plan {
             late,
             tensors: first..self.tensors.len(),
         });
+        Ok(())
+    }
+
+    /// Finds the tensors with one scale among those from `first` on, which are all of an output.
+    fn share_scales(&mut self, output: &Output, first: usize) -> Result<()> {
+        let tensors = self.tensors.get_mut(first..).unwrap_or_default();
+        for mut set in shared_scale::sets(&output.tensors, tensors)? {
+            for position in &mut set {
+                if let Some(planned) = tensors.get_mut(*position) {
+                    planned.shared_scale = Some(self.shared_scales.len());
+                }
+                *position += first;
+            }
+            self.shared_scales.push(set);
+        }
         Ok(())
     }
 

@@ -113,6 +113,10 @@ pub struct Assignment {
     /// Where the importance of the columns is stored.
     #[serde(default)]
     pub importance: Option<ImportanceSource>,
+    /// Encoded tensors of one output that have the same word here get one scale of the whole tensor, as
+    /// if they were one. Their format must have such a scale, and be the same.
+    #[serde(default)]
+    pub shared_scale: Option<String>,
 }
 
 /// Some rows of one tensor.

@@ -1,6 +1,7 @@
 //! Carries a plan out: workers fill the shards slab by slab, a keeper forces them to the disk and
 //! keeps the journal, and the finished content takes the destination's place in one step.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::Mutex;
@@ -15,11 +16,12 @@ use super::extra;
 use super::journal::{Journal, Line};
 use super::keeper::{self, Done, Finished, Keeper, Sinks};
 use super::leftovers::{self, Leftover};
-use super::pieces::{add_pieces, read_slab, source_ranges, Piece};
+use super::pieces::{add_first_pass, add_pieces, read_slab, source_ranges, Piece};
 use super::plan::{Action, Plan, Planned, Slot};
 use super::pool::{self, lock, Stop};
 use super::preflight;
 use super::report::{Report, Totals};
+use super::shared_scale::Joined;
 use super::slab::{self, Packed, Scratch, Task};
 use super::two_pass::FirstPass;
 use super::workspace::Workspace;
@@ -49,7 +51,7 @@ pub struct Progress {
 /// What workers share about one tensor.
 #[derive(Default)]
 struct TensorState {
-    /// Pieces left, both passes.
+    /// Pieces left, without those of the first pass.
     remaining: AtomicUsize,
     first_pass: FirstPass,
     /// Importance of the columns, from the first slab on.
@@ -63,6 +65,8 @@ struct Run<'r> {
     sinks: &'r Sinks,
     pieces: Vec<Piece>,
     states: Vec<TensorState>,
+    /// First passes over tensors that share a scale.
+    joined: Vec<Joined>,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     current: AtomicUsize,
@@ -230,26 +234,45 @@ fn fill(
 impl<'r> Run<'r> {
     fn new(plan: &'r Plan, sinks: &'r Sinks, finished: &[Option<Finished>]) -> Result<Self> {
         let mut pieces = Vec::new();
-        let mut states = Vec::with_capacity(plan.tensors.len());
+        let mut states = Vec::new();
+        states.resize_with(plan.tensors.len(), TensorState::default);
+        let joined = |set: &Vec<usize>| Joined::new(set.len());
+        let joined = plan.shared_scales.iter().map(joined).collect();
+        let mut listed = HashSet::new();
         for (tensor, planned) in plan.tensors.iter().enumerate() {
-            let mut state = TensorState::default();
-            if finished.get(tensor).is_some_and(Option::is_none) {
-                let measured = add_pieces(plan, tensor, planned, &mut pieces)?;
-                state.first_pass = FirstPass::new(measured);
-                let first = pieces
-                    .iter()
-                    .rev()
-                    .take_while(|piece| piece.tensor() == tensor)
-                    .count();
-                state.remaining.store(first, Ordering::Relaxed);
+            if !finished.get(tensor).is_some_and(Option::is_none) {
+                continue;
             }
-            states.push(state);
+            // All that share the scale are read before the first of them is encoded, also those that an
+            // earlier run has finished.
+            let alone = [tensor];
+            let first_pass = match planned.shared_scale {
+                None => alone.as_slice(),
+                Some(set) if listed.insert(set) => {
+                    plan.shared_scales.get(set).map_or(&[][..], Vec::as_slice)
+                }
+                Some(_) => &[],
+            };
+            for &member in first_pass {
+                let (Some(planned), Some(state)) =
+                    (plan.tensors.get(member), states.get_mut(member))
+                else {
+                    continue;
+                };
+                let measured = add_first_pass(member, planned, &mut pieces);
+                state.first_pass = FirstPass::new(measured);
+            }
+            let added = add_pieces(plan, tensor, planned, &mut pieces)?;
+            if let Some(state) = states.get_mut(tensor) {
+                state.remaining.store(added, Ordering::Relaxed);
+            }
         }
         Ok(Run {
             plan,
             sinks,
             pieces,
             states,
+            joined,
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             current: AtomicUsize::new(0),
@@ -328,6 +351,9 @@ impl<'r> Run<'r> {
             Piece::Encode { slab, .. } => self.encode(tensor, slab, scratch, stop),
         };
         worked.map_err(|error| self.locate(tensor, error))?;
+        if matches!(piece, Piece::Measure { .. }) {
+            return Ok(());
+        }
         let state = self.state(tensor)?;
         if state.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
             let finished = self
@@ -415,10 +441,27 @@ impl<'r> Run<'r> {
         let range = task.cut.slab_range(slab, task.target.layout.weights);
         self.read(tensor, task.source.layout, &range, scratch)?;
         task.measure(&range, scratch, &|| stop.check())?;
-        let state = self.state(tensor)?;
-        state
-            .first_pass
-            .add(task.target, &range, &scratch.statistics)
+        let first_pass = &self.state(tensor)?.first_pass;
+        let Some(measured) = first_pass.add(task.target, &range, &scratch.statistics)? else {
+            return Ok(());
+        };
+        let Some(set) = self.planned(tensor)?.shared_scale else {
+            return first_pass.settle(task.target, measured);
+        };
+        let (Some(joined), Some(members)) =
+            (self.joined.get(set), self.plan.shared_scales.get(set))
+        else {
+            return Err(Error::Internal(format!("no shared scale {set}")));
+        };
+        let Some(of_all) = joined.add(task.target.format, &measured)? else {
+            return Ok(());
+        };
+        for &member in members {
+            let (_, task) = self.task(member)?;
+            let state = self.state(member)?;
+            state.first_pass.settle(task.target, of_all.clone())?;
+        }
+        Ok(())
     }
 
     fn encode(&self, tensor: usize, slab: u64, scratch: &mut Scratch, stop: &Stop) -> Result<()> {

@@ -34,10 +34,15 @@ impl FirstPass {
         }
     }
 
-    /// Takes what was measured of `slab`; with the last one the pass is complete.
-    pub fn add(&self, target: Packed<'_>, slab: &Range<u64>, measured: &[u8]) -> Result<()> {
+    /// Takes what was measured of `slab`; with the last one, gives the statistics of the tensor.
+    pub fn add(
+        &self,
+        target: Packed<'_>,
+        slab: &Range<u64>,
+        measured: &[u8],
+    ) -> Result<Option<Vec<u8>>> {
         let Some(span) = target.layout.statistics else {
-            return Ok(());
+            return Ok(None);
         };
         let part = slab::span_bytes(span, slab)?;
         {
@@ -49,18 +54,24 @@ impl FirstPass {
                 place.copy_from_slice(measured);
             }
         }
-        if self.unmeasured.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let mut layout = target.layout.clone();
-            let mut statistics = std::mem::take(&mut *lock(&self.statistics));
-            target.format.settle(&mut layout, &mut statistics)?;
-            *lock(&self.settled) = Some(Arc::new((layout, statistics)));
-            self.is_settled.notify_all();
+        if self.unmeasured.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return Ok(None);
         }
+        Ok(Some(std::mem::take(&mut *lock(&self.statistics))))
+    }
+
+    /// Completes the pass: `statistics` are those of the tensor, or of all that share its scale.
+    pub fn settle(&self, target: Packed<'_>, mut statistics: Vec<u8>) -> Result<()> {
+        let mut layout = target.layout.clone();
+        target.format.settle(&mut layout, &mut statistics)?;
+        *lock(&self.settled) = Some(Arc::new((layout, statistics)));
+        self.is_settled.notify_all();
         Ok(())
     }
 
-    /// Waits until the pass is complete. Pieces are claimed in order, so the slabs of the first pass
-    /// are all done or being worked on by threads that wait for nothing.
+    /// Waits until the pass is complete. Pieces are claimed in order, so the slabs of the first pass, and
+    /// of those of tensors that share the scale, are all done or being worked on by threads that wait
+    /// for nothing.
     pub fn wait(&self, stop: &Stop) -> Result<Arc<Settled>> {
         let mut settled = lock(&self.settled);
         loop {

@@ -33,10 +33,11 @@
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer; `NVFP4QTensor`, `MXFP4QTensor`). The logarithm
 //! of MXFP4 is that of a correctly rounded `log2f`; torch's may differ by a unit in the last place, which
 //! no quotient was found for that it matters to. ModelOpt gives layers that run as one product (q, k and
-//! v; gate and up) one g, the largest of theirs; here each has its own.
+//! v; gate and up) one g, made of the largest magnitude of them all; a conversion names such layers
+//! (`shared_scale` of its request), and a weight encoded by itself has its own.
 
 use super::rows8::largest_body;
-use super::scaled::{most_measured, put_magnitudes, MAGNITUDES, RUN};
+use super::scaled::{join_magnitudes, most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
@@ -209,6 +210,11 @@ impl Format for NvFp4 {
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
         let scale = most_measured(statistics) / (MOST * E4M3_MOST);
         layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
+        Ok(())
+    }
+
+    fn join(&self, joined: &mut Vec<u8>, statistics: &[u8]) -> Result<()> {
+        join_magnitudes(joined, statistics);
         Ok(())
     }
 

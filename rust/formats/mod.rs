@@ -427,6 +427,16 @@ pub trait Format: Sync + Send {
         Ok(())
     }
 
+    /// For tensors that get one scale together: takes the statistics of one of them into `joined`, which
+    /// [`Format::settle`] and [`Format::encode`] are given for each of them, once it holds all. Fails for
+    /// formats without such a scale.
+    fn join(&self, _joined: &mut Vec<u8>, _statistics: &[u8]) -> Result<()> {
+        Err(Error::config(format!(
+            "{}: has no scale that tensors share",
+            self.info().name
+        )))
+    }
+
     /// Fails if tensors cannot be encoded with these parameters, whatever their shape.
     fn check_encodes(&self, params: &Params) -> Result<()> {
         self.info().check_encodes(params)

@@ -491,6 +491,13 @@ pub(super) fn put_magnitudes(weights: &[f32], statistics: &mut [u8]) {
     }
 }
 
+/// The largest of what [`put_magnitudes`] wrote for one more tensor and of what `joined` holds, in its place.
+pub(super) fn join_magnitudes(joined: &mut Vec<u8>, statistics: &[u8]) {
+    let most = most_measured(joined).max(most_measured(statistics));
+    joined.clear();
+    joined.extend_from_slice(&most.to_le_bytes());
+}
+
 /// The largest of what [`put_magnitudes`] wrote.
 pub(super) fn most_measured(statistics: &[u8]) -> f32 {
     let measured = statistics.as_chunks().0.iter();

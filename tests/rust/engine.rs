@@ -174,3 +174,105 @@ fn an_existing_destination_is_only_replaced_on_request() {
     let names: Vec<String> = files(&out).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["config.json", "model.safetensors"]);
 }
+
+/// A conversion to NVFP4 of `names`, of which those in `shared` get one scale.
+fn shared_plan(source: &Path, destination: &Path, names: &[&str], shared: &[&str]) -> Result<Plan> {
+    let checkpoint = Arc::new(Checkpoint::open(source)?);
+    let tensor = |name: &&str| {
+        let mut row =
+            json!({"checkpoint": 0, "name": name, "as": name, "format": "modelopt:nvfp4"});
+        if shared.contains(name) {
+            row["shared_scale"] = json!("one");
+        }
+        row
+    };
+    let request = json!({
+        "destination": destination, "kind": "folder",
+        "outputs": [{
+            "container": "safetensors", "stem": "model", "max_shard_bytes": 40_000,
+            "tensors": names.iter().map(tensor).collect::<Vec<_>>(),
+        }],
+        "options": {"threads": 3, "slab_bytes": 1},
+    });
+    Plan::build(serde_json::from_value(request).unwrap(), vec![checkpoint])
+}
+
+/// The same numbers in each tensor, times a factor.
+fn scaled_source(folder: &Path, names: &[&str], factors: &[f32]) -> PathBuf {
+    let path = source(folder, names, [200, 320]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let start = bytes.len() - names.len() * 200 * 320 * 4;
+    let data = &mut bytes[start..];
+    for (tensor, factor) in data.chunks_exact_mut(200 * 320 * 4).zip(factors) {
+        for place in tensor.chunks_exact_mut(4) {
+            let weight = f32::from_le_bytes([place[0], place[1], place[2], place[3]]);
+            place.copy_from_slice(&(weight * factor).to_le_bytes());
+        }
+    }
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn scales(folder: &Path, names: &[&str]) -> Vec<f32> {
+    let index = folder.join("model.safetensors.index.json");
+    let checkpoint = Checkpoint::open(&index).unwrap();
+    let scale = |name: &&str| {
+        let tensor = checkpoint.tensor(name).unwrap();
+        tensor.as_packed().unwrap().layout.params.tensor_scale
+    };
+    names.iter().map(scale).collect()
+}
+
+#[test]
+fn tensors_share_the_scale_of_the_largest_weight_of_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["a.weight", "b.weight", "c.weight", "d.weight"];
+    let shared = ["a.weight", "c.weight", "d.weight"];
+    let path = scaled_source(folder.path(), &names, &[1.0, 8.0, 0.0, 4.0]);
+    let whole = folder.path().join("whole");
+    let make = |destination: &Path| shared_plan(&path, destination, &names, &shared).unwrap();
+    run(&make(&whole), RunChoices::default(), &mut quiet).unwrap();
+    let found = scales(&whole, &names);
+    assert_eq!(found[0], found[3]);
+    assert_eq!(found[2], found[3]);
+    assert_eq!(found[1], 2.0 * found[3]);
+
+    let alone = folder.path().join("alone");
+    let plan = shared_plan(&path, &alone, &names, &[]).unwrap();
+    assert_ne!(plan.id, make(&alone).id);
+    run(&plan, RunChoices::default(), &mut quiet).unwrap();
+    let own = scales(&alone, &names);
+    assert_eq!((own[3], own[1], own[2]), (found[3], found[1], 1.0));
+    assert_eq!(own[0] * 4.0, own[3]);
+}
+
+#[test]
+fn a_scale_is_shared_by_one_format_that_has_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["a.weight", "b.weight"];
+    let path = source(folder.path(), &names, [200, 320]);
+    let build = |formats: [&str; 2]| {
+        let row = |(name, format): (&&str, &str)| json!({"checkpoint": 0, "name": name, "as": name, "format": format, "shared_scale": "one"});
+        let rows: Vec<_> = names.iter().zip(formats).map(row).collect();
+        let output = json!({"container": "safetensors", "stem": "model", "tensors": rows});
+        let request = json!({
+            "destination": folder.path().join("out"), "kind": "folder", "outputs": [output],
+        });
+        let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
+        Plan::build(serde_json::from_value(request).unwrap(), vec![checkpoint])
+    };
+    assert_eq!(
+        build(["modelopt:nvfp4"; 2]).unwrap().shared_scales,
+        [[0, 1]]
+    );
+    for format in ["modelopt:int8", "modelopt:mxfp4", "bitsandbytes:nf4"] {
+        let Err(error) = build([format; 2]) else {
+            panic!("{format} has no scale that tensors share");
+        };
+        assert!(error.to_string().contains("no scale that tensors share"));
+    }
+    assert_eq!(
+        build(["copy", "modelopt:nvfp4"]).unwrap().shared_scales,
+        [[0usize; 0]; 0]
+    );
+}
