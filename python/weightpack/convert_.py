@@ -26,7 +26,7 @@ from .gguf_target import GgufModel, GgufOptions
 from .host_target import HostModel
 from .importance import open_importance
 from .layers import Layers, find_layers, host_of
-from .packings.table import TABLE, TARGETS, HostConfig, backend_of, holds, is_described, unrecognised
+from .packings.table import TABLE, TARGETS, HostConfig, backend_of, holds, is_described, shared_scales, unrecognised
 from .report import ConvertReport, finished_report, planned_report
 from .sizes import parse_size
 from .targets import CASTS, FormatInfo, find_format
@@ -491,9 +491,13 @@ def _output(
         others = _other_sources(target, options, sources)
         return {**output, **target.output(decided.tensors, model, _name(model), number, others)}
     output["metadata"] = {**_text_metadata(checkpoint), "format": "pt"}
-    output["tensors"] = [
+    output["tensors"] = rows = [
         source_row(decision, host.mapped.get(decision.entry.name), number) for decision in decided.tensors
     ]
+    shared = shared_scales(decided.tensors, host_of(model.config))
+    for row in rows:
+        if row["as"] in shared:
+            row["shared_scale"] = shared[row["as"]]
     return output
 
 

@@ -24,7 +24,7 @@ from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
 from .layers import LINEAR, Layers, classify
 from .overrides import Overrides, Rule
-from .packings.table import Packing, backend_of, packing
+from .packings.table import backend_of, lists_matrices, packing
 from .skip_list import is_skipped
 from .targets import CASTS, COPY
 
@@ -67,9 +67,8 @@ def decide(
     if len(backends) > 1:
         raise ConfigError(f"one checkpoint is packed for one backend, and these are {' and '.join(backends)}")
     if backends:
-        how = packing(backends[0])
-        decisions = how.one_kind(decisions, target)
-        decisions, skip_list, more = _agree_with_host(decisions, target, layers, how)
+        decisions = packing(backends[0]).one_kind(decisions, target)
+        decisions, skip_list, more = _agree_with_host(decisions, target, layers, backends[0])
         warnings += more
     warnings += overrides.unused()
     warnings += _doubts(decisions, target)
@@ -179,15 +178,21 @@ def _check_gguf(decision: Decision, most: int) -> None:
 
 
 def _agree_with_host(
-    decisions: list[Decision], target: Target, layers: Layers, how: Packing
+    decisions: list[Decision], target: Target, layers: Layers, backend: str
 ) -> tuple[list[Decision], list[str], list[str]]:
     """Leaves unpacked what the host's reading of the skip list also hits."""
     if not target.for_host:
         return decisions, [], []
     modules = {d.entry.name: _module(d.entry, layers) for d in decisions}
+    kept = set(layers.linears)
+    if lists_matrices(backend):
+        # Layers without a tensor of their own are those that are tied.
+        kept -= set(modules.values())
+        modules = {d.entry.name: d.entry.name.rpartition(".")[0] for d in decisions}
+        kept |= {modules[d.entry.name] for d in decisions if _is_matrix(d.entry)}
     packed = {modules[d.entry.name] for d in decisions if backend_of(d.result) is not None}
-    kept = set(layers.linears) - packed
-    skip_list, caught = how.settle(layers.host, packed, kept, fixed=layers.fixed, prefix=layers.prefix)
+    kept -= packed
+    skip_list, caught = packing(backend).settle(layers.host, packed, kept, fixed=layers.fixed, prefix=layers.prefix)
     if not caught:
         return decisions, skip_list, []
     host = layers.host or "a host"
@@ -201,6 +206,10 @@ def _agree_with_host(
         settled.append(decision)
     word = "layer is" if len(caught) == 1 else "layers are"
     return settled, skip_list, [f"{len(caught)} more {word} left unpacked, because of how {host} reads skip lists"]
+
+
+def _is_matrix(entry: Entry) -> bool:
+    return len(entry.shape) > 1 and entry.name.endswith(".weight")
 
 
 def _module(entry: Entry, layers: Layers) -> str:

@@ -238,7 +238,8 @@ def converted(llama, tmp_path_factory):
     def convert(name):
         if name not in done:
             done[name] = tmp_path_factory.mktemp("converted") / "out"
-            wp.convert(llama[0], done[name], name)
+            # Asking the host takes seconds, and is the same for all.
+            wp.convert(llama[0], done[name], name, layers="auto" if name in MODELS else "names")
         return done[name]
 
     return convert
@@ -252,6 +253,17 @@ def stored(folder):
     return tensors
 
 
+def quantize_and_export(model, name, folder):
+    """ModelOpt's own way from a model to a folder."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import modelopt.torch.export as mte
+        import modelopt.torch.quantization as mtq
+
+        mtq.quantize(model, copy.deepcopy(getattr(mtq, PRESETS[name])), forward_loop=lambda one: one(TOKENS))
+        mte.export_hf_checkpoint(model, export_dir=folder)
+
+
 @pytest.fixture(scope="module")
 def exports(llama, tmp_path_factory):
     """The folder that ModelOpt exports for a format."""
@@ -260,15 +272,8 @@ def exports(llama, tmp_path_factory):
 
     def export(name):
         if name not in done:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                import modelopt.torch.export as mte
-                import modelopt.torch.quantization as mtq
-
-                model = copy.deepcopy(llama[1])
-                mtq.quantize(model, copy.deepcopy(getattr(mtq, PRESETS[name])), forward_loop=lambda one: one(TOKENS))
-                done[name] = tmp_path_factory.mktemp("exported")
-                mte.export_hf_checkpoint(model, export_dir=done[name])
+            done[name] = tmp_path_factory.mktemp("exported")
+            quantize_and_export(copy.deepcopy(llama[1]), name, done[name])
         return done[name]
 
     return export
@@ -276,31 +281,87 @@ def exports(llama, tmp_path_factory):
 
 TOKENS = torch.arange(24).reshape(2, 12)
 MODELS = ("modelopt:fp8", "modelopt:int4", "modelopt:nvfp4")
-"""Formats that whole models are exported in; the others differ in their layers alone."""
-SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Layers that ModelOpt gives one scale of the tensor, where the format has one."""
+"""Formats that whole models are run in; the others differ in their layers alone."""
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_converted_model_is_that_of_modelopt(converted, exports, name):
-    found, expected = stored(converted(name)), stored(exports(name))
-    # Ranges of activations take a calibration; ModelOpt's preset for FP8 has one.
+def check_folder(ours, theirs):
+    """Every array byte for byte, and what the two files say; but for ranges of activations, which take a
+    calibration."""
+    found, expected = stored(ours), stored(theirs)
     expected = {key: value for key, value in expected.items() if not key.endswith(".input_scale")}
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
-        if name in ("modelopt:fp8", "modelopt:nvfp4") and key.split(".")[-2] in SHARED:
-            continue
         assert torch.equal(raw(found[key]), raw(value)), key
-    for file in ("config.json", "hf_quant_config.json"):
-        ours, theirs = (json.loads((place / file).read_text()) for place in (converted(name), exports(name)))
-        if file == "config.json":
-            ours, theirs = ours["quantization_config"], theirs["quantization_config"]
-            assert theirs.pop("ignore") == [*ours.pop("ignore"), "model.embed_tokens"]
-        else:
-            left_out = ours["quantization"].pop("exclude_modules")
-            assert theirs["quantization"].pop("exclude_modules") == [*left_out, "model.embed_tokens"]
-        assert ours == theirs
+    sections = [json.loads((place / "config.json").read_text())["quantization_config"] for place in (ours, theirs)]
+    assert sections[0] == sections[1]
+    files = [json.loads((place / "hf_quant_config.json").read_text()) for place in (ours, theirs)]
+    assert files[0] == files[1]
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_converted_model_is_that_of_modelopt(converted, exports, name):
+    found = check_folder(converted(name), exports(name))
+    if name == "modelopt:nvfp4":
+        second = {key: float(value) for key, value in found.items() if key.endswith(".weight_scale_2")}
+        assert len(second) == 14
+        assert len(set(second.values())) < 9
+
+
+OTHERS = {
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
+    "DeepseekV3ForCausalLM": {
+        "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": 4,
+    },
+    "BertForSequenceClassification": {"num_hidden_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_share_scales_and_list_layers_as_in_modelopt(tmp_path, kind):
+    """Experts, whose gate and up share a scale; attention by way of small ranks; query, key and value."""
+    transformers = find_peer("transformers")
+    torch.manual_seed(3)
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**{**LLAMA, **OTHERS[kind]}, architectures=[kind])).bfloat16().eval()
+    copy.deepcopy(model).save_pretrained(tmp_path / "model")
+    quantize_and_export(model, "modelopt:nvfp4", tmp_path / "theirs")
+    more = [r"\.experts\.=modelopt:nvfp4"] if "Bert" not in kind else ["^classifier.weight=modelopt:nvfp4"]
+    wp.convert(tmp_path / "model", tmp_path / "ours", "modelopt:nvfp4", layers="names", assign=more)
+    check_folder(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_skip_lists_are_shortened_as_by_modelopt():
+    import random
+
+    from weightpack.packings.modelopt import shortened
+
+    summarize = find_peer("modelopt.torch.export.quant_utils")._prefix_wildcard_summarize_exclude_modules
+    chance = random.Random(0)
+    for _ in range(300):
+        words = ["a", "ab", "b", "a1", "a10", "head"]
+        paths = {".".join(chance.choices(words, k=chance.randint(1, 4))) for _ in range(12)}
+        packed = set(chance.sample(sorted(paths), chance.randint(1, len(paths) - 1)))
+        kept = sorted(paths - packed)
+        assert shortened(kept, packed) == sorted(summarize(kept, packed))
+
+
+def test_only_some_layers_of_a_product_are_packed(llama, converted, tmp_path):
+    """What stays as it is has no part in the scale, and a layer alone has its own."""
+    keep = [r"layers\.0.*k_proj", r"layers\.1.*(q|k)_proj"]
+    wp.convert(llama[0], tmp_path / "out", "modelopt:nvfp4", keep=keep, layers="names")
+    second = {key: value for key, value in stored(tmp_path / "out").items() if key.endswith(".weight_scale_2")}
+    state = llama[1].state_dict()
+
+    def largest(*names):
+        return torch.stack([state[f"model.layers.{name}_proj.weight"].float().abs().max() for name in names]).max()
+
+    for name, among in {"0.self_attn.q": ("q", "v"), "0.self_attn.v": ("q", "v"), "1.self_attn.v": ("v",)}.items():
+        wanted = largest(*(f"{name[:-1]}{leaf}" for leaf in among)) / 2688
+        assert torch.equal(second[f"model.layers.{name}_proj.weight_scale_2"], wanted)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,7 +13,18 @@ from typing import Any
 from ..decision import Decision, Target
 from .table import HostConfig, one_format, packed_of
 
-__all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "describes",
+    "host_config",
+    "leftovers",
+    "one_kind",
+    "settle",
+    "shared_scales",
+    "shortened",
+    "together",
+]
 
 METHODS = ("modelopt",)
 FORMATS = ("modelopt:",)
@@ -30,6 +41,17 @@ _ALGORITHMS = {
     "modelopt:mxfp4": "mxfp4",
     "modelopt:nvfp4": "W4A16_NVFP4",
 }
+_QUERIES = frozenset({"q_proj", "query", "to_q"})
+_ATTENTION = (
+    ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("to_added_q", "to_added_k", "to_added_v"),
+)
+_GATED = (("gate_proj", "up_proj"), ("w1", "w3"))
+_CROSS_ATTENTION = frozenset({"attn2", "cross_attn", "crossattention", "encoder_attn"})
+"""Attention whose keys and values are of another sequence than its queries."""
 _WITH_ACTIVATIONS = {"modelopt:int8": "W8A8_SQ_PER_CHANNEL", "modelopt:nvfp4": "NVFP4"}
 
 
@@ -49,18 +71,58 @@ def settle(
     """The layers left unpacked, shortened as ModelOpt does: `a.b*` where no packed layer begins with `a.b`,
     or `a.b.*` where none is below it. Readers take the entries for whole paths with wildcards, so that none
     hits another layer."""
-    packed = sorted(packed)
+    return shortened(kept, packed), {}
 
-    def shortened(path: str) -> str:
-        starts = [path[:place] for place, letter in enumerate(path) if letter == "."]
-        for start in starts:
-            if not any(other.startswith(start) for other in packed):
+
+def shortened(kept: Iterable[str], packed: Iterable[str]) -> list[str]:
+    """The paths of `kept`, each as the shortest pattern that hits none of `packed`.
+
+    >>> shortened(["lm_head", "vision.layers.0.fc"], ["model.layers.0.fc"])
+    ['lm_head', 'vision*']
+    """
+    packed = list(packed)
+    # What begins a packed path, and what does so up to a dot or the end.
+    begun = {path[:end] for path in packed for end in range(1, len(path) + 1)}
+    whole = {path[:end] for path in packed for end in range(1, len(path) + 1) if path[end : end + 1] in ("", ".")}
+
+    def pattern(path: str) -> str:
+        for start in (path[:place] for place, letter in enumerate(path) if letter == "."):
+            if start not in begun:
                 return f"{start}*"
-            if not any(other == start or other.startswith(f"{start}.") for other in packed):
+            if start not in whole:
                 return f"{start}.*"
         return path
 
-    return sorted({shortened(path) for path in kept}), {}
+    return sorted({pattern(path) for path in kept})
+
+
+def together(paths: Iterable[str], host: str | None = None) -> list[list[str]]:
+    """The layers among `paths` that read the same input, so that engines run them as one product: query, key
+    and value, gate and up, of one module each. In models of diffusers those of an attention alone.
+
+    Sources: `requantize_resmooth_fused_llm_layers`, `is_qkv_projection` and `_GATE_UP_PAIRS` of ModelOpt 0.47,
+    which runs a model to see which layers read one tensor; here names tell. Where attention and feed-forward
+    run side by side (Phi, Cohere), or keys of all decoder layers read one encoder, ModelOpt's sets are larger.
+    """
+    kinds = _ATTENTION if host == "diffusers" else _ATTENTION + _GATED
+    set_of = {leaf: number for number, leaves in enumerate(kinds) for leaf in leaves}
+    found: dict[tuple[str, int], list[str]] = {}
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        if leaf in _QUERIES and not _CROSS_ATTENTION.isdisjoint(parent.split(".")):
+            continue
+        if leaf in set_of:
+            found.setdefault((parent, set_of[leaf]), []).append(path)
+    return [layers for layers in found.values() if len(layers) > 1]
+
+
+def shared_scales(names: Iterable[str], format_name: str, host: str | None) -> dict[str, str]:
+    """NVFP4 layers that run as one product have one `weight_scale_2`. Of the other formats ModelOpt leaves
+    each layer its own scales, also those of FP8 with one scale."""
+    if format_name != "modelopt:nvfp4":
+        return {}
+    paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return {f"{path}.weight": f"{layers[0]}.weight" for layers in together(paths, host) for path in layers}
 
 
 def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute: str, host: str | None) -> HostConfig:

@@ -18,17 +18,24 @@ from ..errors import ConfigError, UnsupportedError
 @dataclass(frozen=True)
 class Row:
     """One packing: its name, which is also that of its module here (with `_` for `-`), and whether it is
-    written. One that is no target is decoded only; its module is a `Source`."""
+    written. One that is no target is decoded only; its module is a `Source`.
+
+    `lists_matrices`: its skip list names every module with a matrix that is not packed (embeddings,
+    convolutions, routers), as the file calls it; others name linear layers alone, as the host's model
+    calls them. `shares_scales`: some weights get one scale together; its module is a `Sharing`.
+    """
 
     name: str
     is_target: bool = True
+    lists_matrices: bool = False
+    shares_scales: bool = False
 
 
 TABLE = (
     Row("bitsandbytes"),
     Row("torchao"),
     Row("quanto"),
-    Row("modelopt"),
+    Row("modelopt", lists_matrices=True, shares_scales=True),
     Row("fp8"),
     Row("gptq", is_target=False),
     Row("awq", is_target=False),
@@ -91,6 +98,14 @@ class Packing(Source, Protocol):
         `host` is as in `settle`."""
 
 
+class Sharing(Packing, Protocol):
+    """The module of a target with scales that several weights share."""
+
+    def shared_scales(self, names: Iterable[str], format_name: str, host: str | None) -> dict[str, str]:
+        """Which of the weights called `names`, all that are encoded as `format_name`, get one scale together:
+        by name, a word that is the same for those that do. `host` is as in `settle`."""
+
+
 def backend_of(format_name: str) -> str | None:
     """The target that a format packs linear layers for, `None` for all others."""
     backend = format_name.partition(":")[0]
@@ -142,6 +157,24 @@ def decoded(decisions: list[Decision], target: Target, chosen: Callable[[Decisio
         else d
         for d in decisions
     ]
+
+
+def lists_matrices(backend: str) -> bool:
+    """What `Row.lists_matrices` says of a backend of `TARGETS`."""
+    return any(row.lists_matrices for row in TABLE if row.name == backend)
+
+
+def shared_scales(decisions: Iterable[Decision], host: str | None) -> dict[str, str]:
+    """Weights that get one scale together, by name a word that is the same for those that do."""
+    encoded: dict[str, list[str]] = {}
+    for decision in decisions:
+        encoded.setdefault(decision.format, []).append(decision.entry.name)
+    sharing = {row.name for row in TABLE if row.shares_scales}
+    shared: dict[str, str] = {}
+    for name, weights in encoded.items():
+        if backend_of(name) in sharing:
+            shared |= cast(Sharing, _module(name.partition(":")[0])).shared_scales(weights, name, host)
+    return shared
 
 
 def unrecognised(names: Iterable[str]) -> dict[str, list[str]]:

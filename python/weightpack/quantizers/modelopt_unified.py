@@ -29,18 +29,10 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import ConfigError
+from ..packings.modelopt import shortened, together
 
 QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
 FILE = "hf_quant_config.json"
-TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("to_q", "to_k", "to_v"),
-    ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Layers of one module that engines run as one."""
 _BLOCK = 128
 _SIZED = {
     "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "MXFP8", "W4A16_AWQ", "W4A8_AWQ",
@@ -59,8 +51,8 @@ def exported(model: Any, state: Mapping[str, Any], plans: Mapping[str, Any]) -> 
     which has no such form.
     """
     layers = {path: _Layer(path, plan, state) for path, plan in plans.items()}
-    for group in _groups(layers):
-        _share_scales(group)
+    for paths in together(layers):
+        _share_scales([layers[path] for path in paths])
     tensors: dict[str, Any] = {}
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
@@ -179,16 +171,6 @@ def by_row_pairs(codes: Any) -> Any:
     return made.bitwise_xor_(0x88)
 
 
-def _groups(layers: Mapping[str, _Layer]) -> Iterable[list[_Layer]]:
-    """Layers that engines run as one."""
-    for path, layer in layers.items():
-        parent, _, leaf = path.rpartition(".")
-        for names in TOGETHER:
-            if leaf == names[0]:
-                found = [layers.get(f"{parent}.{name}" if parent else name) for name in names[1:]]
-                yield [layer, *(other for other in found if other is not None)]
-
-
 def _share_scales(group: list[_Layer]) -> None:
     """Gives NVFP4 layers one `weight_scale_2`, and layers with inputs of the same type one `input_scale`."""
     torch = require("torch", "export weights")
@@ -208,17 +190,13 @@ def _share_scales(group: list[_Layer]) -> None:
 
 def unpacked(model: Any, packed: Iterable[str]) -> list[str]:
     """Patterns of the modules with matrices that are not packed, each as short as the packed ones allow."""
-    packed = list(packed)
-    found: set[str] = set()
-    for path, module in model.named_modules():
-        matrices = any(one is not None and one.dim() > 1 for one in module._parameters.values())
-        if not path or path in packed or not matrices:
-            continue
-        steps = [path[:end] for end, letter in enumerate(path) if letter == "."]
-        patterns = [pattern for step in steps for pattern in (f"{step}*", f"{step}.*")]
-        free = (one for one in patterns if not any(name.startswith(one[:-1]) for name in packed))
-        found.add(next(free, path))
-    return sorted(found)
+    packed = set(packed)
+    kept = [
+        path
+        for path, module in model.named_modules()
+        if path and path not in packed and any(one is not None and one.dim() > 1 for one in module._parameters.values())
+    ]
+    return shortened(kept, packed)
 
 
 def _file(producer: Mapping[str, Any], layers: Mapping[str, Description], ignored: list[str]) -> Description:
