@@ -48,12 +48,12 @@ use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
 use crate::shape;
 
 /// The largest value of a code.
-const MOST: f32 = 6.0;
+pub(super) const MOST: f32 = 6.0;
 /// Values of codes, plain and with the sign of minus zero.
 const VALUES: [f32; 16] = [
     0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 ];
-const SIGNED_VALUES: [f32; 16] = [
+pub(super) const SIGNED_VALUES: [f32; 16] = [
     0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 ];
 
@@ -340,17 +340,7 @@ fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) ->
     let mut codes = [0u8; 16];
     for (code, &weight) in codes.iter_mut().zip(weights) {
         let x = weight / by;
-        let size = x.abs();
-        let above = |bound: f32| u8::from(size > bound);
-        let at_least = |bound: f32| u8::from(size >= bound);
-        let magnitude = above(0.25)
-            + at_least(0.75)
-            + above(1.25)
-            + at_least(1.75)
-            + above(2.5)
-            + at_least(3.5)
-            + above(5.0);
-        *code = magnitude | u8::from(x < 0.0) << 3;
+        *code = nearest_even(x.abs()) | u8::from(x < 0.0) << 3;
     }
     pack(&codes, packed);
     scale
@@ -384,15 +374,29 @@ fn encode_mxfp4(weights: &[f32; 32], packed: &mut [u8; 16]) -> u8 {
     (exponent + 127) as u8
 }
 
+/// The magnitude nearest to `size`, ties to the even one, as bits 0-2 of a code.
+#[inline(always)]
+pub(super) fn nearest_even(size: f32) -> u8 {
+    let above = |bound: f32| u8::from(size > bound);
+    let at_least = |bound: f32| u8::from(size >= bound);
+    above(0.25)
+        + at_least(0.75)
+        + above(1.25)
+        + at_least(1.75)
+        + above(2.5)
+        + at_least(3.5)
+        + above(5.0)
+}
+
 /// Two codes to a byte, the first in the low half.
 #[inline(always)]
-fn pack(codes: &[u8], packed: &mut [u8]) {
+pub(super) fn pack(codes: &[u8], packed: &mut [u8]) {
     for (byte, pair) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
         *byte = pair[0] | pair[1] << 4;
     }
 }
 
-fn decode_codes(values: &[f32; 16], scale: f32, codes: &[u8], weights: &mut [f32]) {
+pub(super) fn decode_codes(values: &[f32; 16], scale: f32, codes: &[u8], weights: &mut [f32]) {
     for (pair, &byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
         pair[0] = values[usize::from(byte & 15)] * scale;
         pair[1] = values[usize::from(byte >> 4)] * scale;

@@ -54,6 +54,8 @@ pub mod rows8;
 pub mod scaled;
 #[doc(hidden)]
 pub mod torchao;
+#[doc(hidden)]
+pub mod torchao_blocks;
 mod validity;
 
 use std::borrow::Cow;
@@ -522,6 +524,9 @@ pub static FORMATS: &[&dyn Format] = &[
     &bnb8::INT8,
     &torchao::INT8,
     &torchao::FLOAT8,
+    &torchao_blocks::NVFP4,
+    &torchao_blocks::MXFP8,
+    &torchao_blocks::MXFP4,
     &quanto::INT8,
     &quanto::FLOAT8,
     &fp4::NVFP4,

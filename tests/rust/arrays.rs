@@ -52,11 +52,12 @@ fn bound(info: &Info) -> f32 {
         "bitsandbytes:nf4" => 0.152,
         "bitsandbytes:fp4" => 0.167,
         name if name.ends_with(":int8") => 0.5 / 127.0 + 0.001,
-        // Half of the widest gap, 32 of 448.
+        // Half of the widest gap, 32 of 448, or of more than 256 where scales are powers of two.
+        "torchao:mxfp8" => 0.063,
         name if name.contains("fp8") || name.ends_with(":float8") => 0.037,
         // Half a step of 7; half of the widest gap of E2M1, 2 of 6, below a rounded scale.
         "modelopt:int4" => 0.075,
-        "modelopt:mxfp4" | "modelopt:nvfp4" => 0.26,
+        "modelopt:mxfp4" | "modelopt:nvfp4" | "torchao:mxfp4" | "torchao:nvfp4" => 0.26,
         // The extreme that has the other sign is cut to one step less.
         "gguf:q4_0" => 1.01 / 8.0,
         "gguf:q5_0" => 1.01 / 16.0,
@@ -98,7 +99,7 @@ proptest! {
             let (group, block_size) = match name {
                 name if name.ends_with(":int8") => (256 * blocks as usize, None),
                 _ if name.contains("fp8") || name.ends_with(":float8") => (count, None),
-                _ if name.starts_with("modelopt") => (count, None),
+                _ if name.starts_with("modelopt") || name.starts_with("torchao") => (count, None),
                 _ if name.starts_with("bitsandbytes") => (32, Some(32)),
                 _ if name.starts_with("gguf") => {
                     let unit = format.layout(&[1, 256], &Params::default()).unwrap().unit_weights;

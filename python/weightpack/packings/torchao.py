@@ -1,4 +1,4 @@
-"""torchao: one 8-bit format for all packed weights.
+"""torchao: one format for all packed weights.
 
 Hosts find the packed weights by the metadata of the safetensors files, which names the class and the
 attributes of each, and plain tensors too; the skip list plays no part in loading. The section and the
@@ -119,6 +119,28 @@ def _row(decision: Decision) -> list[int]:
     return [1, decision.entry.shape[-1]]
 
 
+def _microscaling(codes: str) -> _Kind:
+    """A format of blocks with powers of two, for weights and activations; torchao has it for bfloat16 only."""
+    shared = {"block_size": 32, "scaling_mode": {"_type": "ScaleCalculationMode", "_data": "RCEIL"}}
+    shared["kernel_preference"] = _KERNELS
+    activations = {"elem_dtype": _dtype(codes), **shared, "is_swizzled_scales": True}
+    return _Kind(
+        config="MXDynamicActivationMXWeightConfig",
+        version=1,
+        fields=lambda _: {"activation_dtype": _dtype(codes), "weight_dtype": _dtype(codes), **shared},
+        tensor="MXTensor",
+        attributes=lambda d: {
+            "elem_dtype": _dtype(codes),
+            "block_size": 32,
+            "orig_dtype": _computed(d) if d.format == "copy" else _dtype("bfloat16"),
+            "kernel_preference": _KERNELS,
+            "act_quant_kwargs": {"_type": "QuantizeTensorToMXKwargs", "_data": activations},
+            "is_swizzled_scales": True,
+        },
+        arrays=("qdata", "scale"),
+    )
+
+
 _KINDS = {
     "torchao:int8": _Kind(
         config="Int8WeightOnlyConfig",
@@ -151,5 +173,21 @@ _KINDS = {
         },
         arrays=("qdata", "scale"),
     ),
+    "torchao:nvfp4": _Kind(
+        config="NVFP4WeightOnlyConfig",
+        version=1,
+        fields=lambda _: {"use_dynamic_per_tensor_scale": True},
+        tensor="NVFP4Tensor",
+        attributes=lambda d: {
+            "is_swizzled_scales": True,
+            "use_triton_kernel": False,
+            "act_quant_kwargs": None,
+            "block_size": 16,
+            "orig_dtype": _computed(d),
+        },
+        arrays=("per_tensor_scale", "qdata", "scale"),
+    ),
+    "torchao:mxfp8": _microscaling("float8_e4m3fn"),
+    "torchao:mxfp4": _microscaling("float4_e2m1fn_x2"),
 }
 """By format."""

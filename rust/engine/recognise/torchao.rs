@@ -22,7 +22,12 @@ type Class = fn(&Weight<'_>) -> Result<Option<Decoder>>;
 type Decoder = (&'static dyn Format, Layout);
 
 /// The classes that have a format.
-const CLASSES: &[(&str, Class)] = &[("Int8Tensor", int8), ("Float8Tensor", float8)];
+const CLASSES: &[(&str, Class)] = &[
+    ("Int8Tensor", int8),
+    ("Float8Tensor", float8),
+    ("NVFP4Tensor", nvfp4),
+    ("MXTensor", mx),
+];
 
 /// One weight of the metadata.
 #[derive(Deserialize)]
@@ -122,6 +127,28 @@ impl Weight<'_> {
         }
     }
 
+    /// Blocks of weights of a row, `per_byte` to a byte of type `codes`, with scales in the order of
+    /// tensor cores.
+    fn swizzled(&self, format: &str, codes: Dtype, per_byte: u64) -> Result<Option<Decoder>> {
+        let is_swizzled = self.attributes.get("is_swizzled_scales") == Some(&Value::Bool(true));
+        let block_size = self.attributes.get("block_size").and_then(Value::as_u64);
+        let (Some(dtype), true, &[rows, bytes]) = (
+            self.dtype("orig_dtype"),
+            is_swizzled && self.data.entry.dtype == codes,
+            self.data.entry.shape.as_slice(),
+        ) else {
+            return Ok(None);
+        };
+        let params = Params {
+            dtype,
+            block_size,
+            ..Params::default()
+        };
+        let columns = crate::shape::multiply(bytes, per_byte, "weights of a row")?;
+        // Blocks of another size are a format that is not there.
+        Ok(decoder(format, &[rows, columns], &params).unwrap_or(None))
+    }
+
     /// One code of type `codes` per weight, and one scale per row.
     fn rows(&self, format: &str, codes: Dtype) -> Result<Option<Decoder>> {
         let shape = &self.data.entry.shape;
@@ -160,4 +187,19 @@ fn float8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
         return Ok(None);
     }
     weight.rows("torchao:float8", Dtype::F8_E4M3)
+}
+
+fn nvfp4(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    if !weight.has_none_of(&["act_quant_kwargs"]) {
+        return Ok(None);
+    }
+    weight.swizzled("torchao:nvfp4", Dtype::U8, 2)
+}
+
+fn mx(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    match weight.member("elem_dtype") {
+        Some("float8_e4m3fn") => weight.swizzled("torchao:mxfp8", Dtype::F8_E4M3, 1),
+        Some("float4_e2m1fn_x2") => weight.swizzled("torchao:mxfp4", Dtype::U8, 2),
+        _ => Ok(None),
+    }
 }

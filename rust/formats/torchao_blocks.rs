@@ -1,0 +1,459 @@
+//! torchao's small floats that share a scale in blocks of a row, the scales in the order of tensor cores.
+//!
+//! For a weight of shape \[N, K\] called `m.weight`, with blocks of B weights:
+//!
+//! | format | B | `m._weight_qdata` | `m._weight_scale` | `m._weight_per_tensor_scale` |
+//! |---|---|---|---|---|
+//! | `torchao:nvfp4` | 16 | U8 \[N, K/2\]: E2M1 | F8_E4M3 | F32 \[\] |
+//! | `torchao:mxfp8` | 32 | F8_E4M3 \[N, K\] | F8_E8M0 | – |
+//! | `torchao:mxfp4` | 32 | U8 \[N, K/2\]: E2M1 | F8_E8M0 | – |
+//!
+//! A byte of E2M1 holds the code of an even weight in bits 0-3 and of the odd one behind it in bits 4-7
+//! (see [`super::fp4`] for the codes).
+//!
+//! The scales are an array \[32·⌈N/128⌉, 16·⌈K/4B⌉\]. Its bytes are tiles of 512, one for every 128 rows
+//! and 4 blocks, row of tiles by row of tiles; the scale of row r and block c of a tile is byte
+//! 16·(r mod 32) + 4·⌊r/32⌋ + c. Places beyond the last row or block hold 0.
+//!
+//! NVFP4, a being the largest magnitude of the tensor and m that of a block, each operation rounded to
+//! `f32` by itself: g = a/2688 (2688 = 6·448); s = (m/6)/g, held to 2⁻⁶..448, rounded to E4M3; the code is
+//! the nearest to w·((1/g)/s), ties to the even code, −0 with its sign. Decoding: value·(g·s).
+//!
+//! MX, p being the largest value of a code (448 or 6): the exponent is ⌈log₂(m/p)⌉, at least −127, where
+//! the quotient is rounded to `f32`, and so is the logarithm (a quotient just above a power of two counts
+//! as that power); it is stored with 127 added. The code is the nearest to w/2^exponent, ties to even, at
+//! most p. Decoding: value·2^exponent.
+//!
+//! Special cases:
+//! - NVFP4, g = 0 (a tensor of zeros, or of the least subnormals): g = 1, scales 2⁻⁶ and codes of zero.
+//!   torchao stores NaN in the scales.
+//! - NVFP4, (1/g)/s beyond `f32` (a < 6·10⁻³⁴): codes of zero. torchao stores codes of 6, and of 6 for
+//!   zeros as well.
+//! - MX blocks with exponent −127 (m < p·2⁻¹²⁷, and zeros): their weights are not scaled, as in torchao, so
+//!   that all codes are those of zero.
+//! - Rows are whole blocks. For NVFP4 torchao's config wants the number of rows to be a multiple of 16 as
+//!   well; its tensors and their decoding do not.
+//! - F16, F64 and packed sources are encoded as F32 is. torchao takes F32 and BF16 for NVFP4, and for MX
+//!   BF16 alone.
+//! - Weights that are not finite are refused.
+//!
+//! Peer: torchao 0.18.0 on CPU (`NVFP4WeightOnlyConfig`; `MXDynamicActivationMXWeightConfig`, whose scales
+//! are those of `ScaleCalculationMode.RCEIL`).
+
+use super::fp4::{decode_codes, nearest_even, pack, MOST as E2M1_MOST, SIGNED_VALUES};
+use super::rows8::largest_body;
+use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
+use super::{
+    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+};
+use crate::codebook::ceil_log2;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::shape;
+
+/// Rows, and blocks of a row, whose scales are one tile; and the bytes of a tile.
+const TILE_ROWS: u64 = 128;
+const TILE_BLOCKS: u64 = 4;
+const TILE_BYTES: u64 = 512;
+
+/// One of the three formats.
+pub struct Swizzled {
+    info: Info,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    NvFp4,
+    MxFp8,
+    MxFp4,
+}
+
+pub static NVFP4: Swizzled = Swizzled::new("torchao:nvfp4", 4.5, Kind::NvFp4);
+pub static MXFP8: Swizzled = Swizzled::new("torchao:mxfp8", 8.25, Kind::MxFp8);
+pub static MXFP4: Swizzled = Swizzled::new("torchao:mxfp4", 4.25, Kind::MxFp4);
+
+impl Swizzled {
+    const fn new(name: &'static str, bits_per_weight: f64, kind: Kind) -> Self {
+        Swizzled {
+            info: Info {
+                name,
+                short: None,
+                container: "safetensors",
+                exactness: Exactness::Exact,
+                peer: "torchao 0.18.0",
+                reader: "torchao, transformers, diffusers",
+                bits_per_weight,
+                encodes: Encodes::Always,
+            },
+            kind,
+        }
+    }
+}
+
+impl Kind {
+    /// Weights that share a scale.
+    fn block(self) -> u64 {
+        match self {
+            Kind::NvFp4 => 16,
+            Kind::MxFp8 | Kind::MxFp4 => 32,
+        }
+    }
+
+    /// Codes in a byte.
+    fn per_byte(self) -> u64 {
+        match self {
+            Kind::MxFp8 => 1,
+            Kind::NvFp4 | Kind::MxFp4 => 2,
+        }
+    }
+}
+
+impl Format for Swizzled {
+    fn info(&self) -> &'static Info {
+        match self.kind {
+            Kind::NvFp4 => &NVFP4.info,
+            Kind::MxFp8 => &MXFP8.info,
+            Kind::MxFp4 => &MXFP4.info,
+        }
+    }
+
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
+        let (name, kind) = (self.info.name, self.kind);
+        let block = kind.block();
+        params.refuse_choices(name, Some(block))?;
+        let &[rows, columns] = shape else {
+            return Err(Error::format(format!(
+                "{name}: takes 2 dimensions, got shape {shape:?}"
+            )));
+        };
+        if columns == 0 && rows > 0 {
+            return Err(Error::format(format!("{name}: rows are empty")));
+        }
+        if !columns.is_multiple_of(block) {
+            return Err(Error::format(format!(
+                "{name}: row of {columns} weights is not a multiple of block_size {block}"
+            )));
+        }
+        let unit_weights = shape::multiply(TILE_ROWS, columns.max(1), "weights of a row of tiles")?;
+        let tiles = columns.div_ceil(block * TILE_BLOCKS);
+        let array = |suffix: &'static str, dtype, shape: [u64; 2], weights, bytes| Component {
+            suffix: suffix.into(),
+            naming: Naming::Flattened,
+            dtype,
+            shape: shape.to_vec(),
+            span: Span::Blocks { weights, bytes },
+        };
+        let (codes, scales) = match kind {
+            Kind::NvFp4 => (Dtype::U8, Dtype::F8_E4M3),
+            Kind::MxFp8 => (Dtype::F8_E4M3, Dtype::F8_E8M0),
+            Kind::MxFp4 => (Dtype::U8, Dtype::F8_E8M0),
+        };
+        let across = kind.per_byte();
+        let mut components = vec![
+            array("qdata", codes, [rows, columns / across], across, 1),
+            array(
+                "scale",
+                scales,
+                [
+                    rows.div_ceil(TILE_ROWS) * (TILE_BYTES / 16),
+                    shape::multiply(tiles, 16, "scales of a row of tiles")?,
+                ],
+                unit_weights,
+                shape::multiply(tiles, TILE_BYTES, "scales of a row of tiles")?,
+            ),
+        ];
+        if kind == Kind::NvFp4 {
+            components.push(Component {
+                suffix: "per_tensor_scale".into(),
+                naming: Naming::Flattened,
+                dtype: Dtype::F32,
+                shape: Vec::new(),
+                span: Span::Whole,
+            });
+        }
+        Ok(Layout {
+            shape: shape.to_vec(),
+            weights: shape::count_weights(shape)?,
+            params: params.clone(),
+            components,
+            unit_weights,
+            statistics: (kind == Kind::NvFp4).then_some(MAGNITUDES),
+        })
+    }
+
+    fn measure(
+        &self,
+        _layout: &Layout,
+        _first: u64,
+        weights: &[f32],
+        statistics: &mut [u8],
+    ) -> Result<()> {
+        put_magnitudes(weights, statistics);
+        Ok(())
+    }
+
+    fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
+        let scale = most_measured(statistics) / (E2M1_MOST * E4M3_MOST);
+        layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
+        Ok(())
+    }
+
+    fn encode(
+        &self,
+        layout: &Layout,
+        _first: u64,
+        weights: &[f32],
+        _statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        let tensor_scale = layout.params.tensor_scale;
+        let sizes = Sizes::of(self.kind, layout)?;
+        let [codes, scales, ..] = parts;
+        scales.fill(0);
+        let runs = weights
+            .chunks(sizes.run_weights)
+            .zip(codes.chunks_mut(sizes.run_codes))
+            .zip(scales.chunks_exact_mut(sizes.run_scales));
+        for ((weights, codes), scales) in runs {
+            let rows = weights
+                .chunks_exact(sizes.row_weights)
+                .zip(codes.chunks_exact_mut(sizes.row_codes));
+            for (row, (weights, codes)) in rows.enumerate() {
+                match self.kind {
+                    Kind::NvFp4 => put_row(row, weights, codes, scales, |weights, codes| {
+                        encode_nvfp4(tensor_scale, weights, codes)
+                    }),
+                    Kind::MxFp8 => put_row(row, weights, codes, scales, encode_mxfp8),
+                    Kind::MxFp4 => put_row(row, weights, codes, scales, encode_mxfp4),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        layout: &Layout,
+        _first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let tensor_scale = layout.params.tensor_scale;
+        let sizes = Sizes::of(self.kind, layout)?;
+        let [codes, scales, ..] = parts;
+        let runs = weights
+            .chunks_mut(sizes.run_weights)
+            .zip(codes.chunks(sizes.run_codes))
+            .zip(scales.chunks_exact(sizes.run_scales));
+        for ((weights, codes), scales) in runs {
+            let rows = weights
+                .chunks_exact_mut(sizes.row_weights)
+                .zip(codes.chunks_exact(sizes.row_codes));
+            for (row, (weights, codes)) in rows.enumerate() {
+                match self.kind {
+                    Kind::NvFp4 => get_row::<16, 8>(row, codes, scales, weights, |scale, c, w| {
+                        decode_codes(&SIGNED_VALUES, of_e4m3(scale) * tensor_scale, c, w);
+                    }),
+                    Kind::MxFp8 => get_row(row, codes, scales, weights, decode_mxfp8),
+                    Kind::MxFp4 => get_row::<32, 16>(row, codes, scales, weights, |scale, c, w| {
+                        decode_codes(&SIGNED_VALUES, of_e8m0(scale), c, w);
+                    }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
+        let scale = layout.params.tensor_scale.to_le_bytes().to_vec();
+        Ok(self
+            .tensor_scale()
+            .map(|index| (index, scale))
+            .into_iter()
+            .collect())
+    }
+
+    fn tensor_scale(&self) -> Option<usize> {
+        (self.kind == Kind::NvFp4).then_some(2)
+    }
+}
+
+/// How many weights and bytes a row has, and the rows whose scales are one row of tiles. None is 0.
+struct Sizes {
+    row_weights: usize,
+    row_codes: usize,
+    run_weights: usize,
+    run_codes: usize,
+    run_scales: usize,
+}
+
+impl Sizes {
+    fn of(kind: Kind, layout: &Layout) -> Result<Self> {
+        let columns = shape::row_weights(&layout.shape).max(1);
+        let across = kind.per_byte();
+        let tiles = columns.div_ceil(kind.block() * TILE_BLOCKS);
+        Ok(Sizes {
+            row_weights: shape::to_usize(columns)?,
+            row_codes: shape::to_usize(columns.div_ceil(across))?,
+            run_weights: shape::to_usize(layout.unit_weights)?,
+            run_codes: shape::to_usize(layout.unit_weights.div_ceil(across))?,
+            run_scales: shape::to_usize(tiles * TILE_BYTES)?,
+        })
+    }
+}
+
+/// The places of the scales of row `row` of a row of tiles, block by block.
+fn places(row: usize) -> impl Iterator<Item = usize> {
+    let first = row % 32 * 16 + row / 32 * 4;
+    (0..).map(move |block| block / 4 * 512 + first + block % 4)
+}
+
+/// Encodes a row with `encode`, which gives the scale of a block.
+#[inline(always)]
+fn put_row<const WEIGHTS: usize, const BYTES: usize>(
+    row: usize,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]) -> u8,
+) {
+    let blocks = weights.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+    for ((weights, codes), place) in blocks.zip(places(row)) {
+        let scale = encode(weights, codes);
+        if let Some(byte) = scales.get_mut(place) {
+            *byte = scale;
+        }
+    }
+}
+
+/// Decodes a row with `decode`, which is given the scale of a block.
+#[inline(always)]
+fn get_row<const WEIGHTS: usize, const BYTES: usize>(
+    row: usize,
+    codes: &[u8],
+    scales: &[u8],
+    weights: &mut [f32],
+    decode: impl Fn(u8, &[u8; BYTES], &mut [f32; WEIGHTS]),
+) {
+    let blocks = weights
+        .as_chunks_mut()
+        .0
+        .iter_mut()
+        .zip(codes.as_chunks().0);
+    for ((weights, codes), place) in blocks.zip(places(row)) {
+        decode(scales.get(place).copied().unwrap_or(0), codes, weights);
+    }
+}
+
+/// Codes of a block; gives its scale.
+#[inline(always)]
+fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], codes: &mut [u8; 8]) -> u8 {
+    let quotient = largest_body(weights) / E2M1_MOST / tensor_scale;
+    let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
+    let factor = 1.0 / tensor_scale / of_e4m3(scale);
+    // What is too small for a scale becomes zero.
+    let factor = if factor.is_finite() { factor } else { 0.0 };
+    put_e2m1(factor, weights, codes);
+    scale
+}
+
+/// Codes of a block; gives its scale.
+#[inline(always)]
+fn encode_mxfp4(weights: &[f32; 32], codes: &mut [u8; 16]) -> u8 {
+    let (scale, factor) = power_of_two(largest_body(weights) / E2M1_MOST);
+    put_e2m1(factor, weights, codes);
+    scale
+}
+
+/// Codes of a block; gives its scale.
+#[inline(always)]
+fn encode_mxfp8(weights: &[f32; 32], codes: &mut [u8; 32]) -> u8 {
+    let (scale, factor) = power_of_two(largest_body(weights) / E4M3_MOST);
+    for (code, weight) in codes.iter_mut().zip(weights) {
+        *code = to_e4m3(weight * factor);
+    }
+    scale
+}
+
+#[inline(always)]
+fn decode_mxfp8(scale: u8, codes: &[u8; 32], weights: &mut [f32; 32]) {
+    let scale = of_e8m0(scale);
+    for (weight, &code) in weights.iter_mut().zip(codes) {
+        *weight = of_e4m3(code) * scale;
+    }
+}
+
+/// The least power of two that is not below `quotient`, as a code, and what weights are multiplied with.
+#[inline(always)]
+fn power_of_two(quotient: f32) -> (u8, f32) {
+    let exponent = match quotient > 0.0 {
+        true => ceil_log2(quotient).clamp(-127, 127),
+        false => -127,
+    };
+    let code = (exponent + 127) as u8;
+    let factor = if code == 0 { 1.0 } else { of_e8m0(254 - code) };
+    (code, factor)
+}
+
+#[inline(always)]
+fn put_e2m1<const WEIGHTS: usize>(factor: f32, weights: &[f32; WEIGHTS], packed: &mut [u8]) {
+    let mut codes = [0u8; WEIGHTS];
+    for (code, &weight) in codes.iter_mut().zip(weights) {
+        let x = weight * factor;
+        *code = nearest_even(x.abs()) | (x.to_bits() >> 28 & 8) as u8;
+    }
+    pack(&codes, packed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_scale_has_a_place_of_its_own() {
+        let mut taken = [0u8; 1024];
+        for row in 0..128 {
+            for place in places(row).take(8) {
+                taken[place] += 1;
+            }
+        }
+        assert_eq!(taken, [1; 1024]);
+        assert_eq!(
+            places(33).take(6).collect::<Vec<_>>(),
+            [20, 21, 22, 23, 532, 533]
+        );
+    }
+
+    #[test]
+    fn powers_of_two_are_exact() {
+        for exponent in -126..=120 {
+            let power = 2f64.powi(exponent) as f32;
+            assert_eq!(power_of_two(power), ((exponent + 127) as u8, 1.0 / power));
+            assert_eq!(power_of_two(power * 1.01).0, (exponent + 128) as u8);
+        }
+        assert_eq!(power_of_two(0.0), (0, 1.0));
+        assert_eq!(power_of_two(f32::from_bits(1)), (0, 1.0));
+    }
+
+    #[test]
+    fn sizes_that_no_tensor_has_are_errors() {
+        let params = Params::default();
+        for format in [&NVFP4, &MXFP8, &MXFP4] {
+            for shape in [
+                &[][..],
+                &[64],
+                &[2, 2, 32],
+                &[2, 8],
+                &[2, 0],
+                &[1, 1 << 60],
+                &[1 << 60, 1 << 20],
+            ] {
+                assert!(format.layout(shape, &params).is_err(), "{shape:?}");
+            }
+            let layout = format.layout(&[0, 0], &params).unwrap();
+            assert_eq!((layout.weights, layout.unit_weights), (0, 128));
+        }
+    }
+}
