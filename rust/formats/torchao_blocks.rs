@@ -50,6 +50,7 @@ use crate::codebook::ceil_log2;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::kernels::{self, Level};
 use crate::shape;
 
 /// Rows, and blocks of a row, whose scales are one tile; and the bytes of a tile.
@@ -63,10 +64,14 @@ pub struct Swizzled {
     kind: Kind,
 }
 
+/// What is in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub enum Kind {
+    /// 16 E2M1 numbers with an E4M3 scale, on top of one for the tensor.
     NvFp4,
+    /// 32 E4M3 numbers with a power of two.
     MxFp8,
+    /// 32 E2M1 numbers with a power of two.
     MxFp4,
 }
 
@@ -210,6 +215,7 @@ impl Format for Swizzled {
     ) -> Result<()> {
         let tensor_scale = layout.params.tensor_scale;
         let sizes = Sizes::of(self.kind, layout)?;
+        let level = kernels::level();
         let [codes, scales, ..] = parts;
         scales.fill(0);
         let runs = weights
@@ -221,13 +227,7 @@ impl Format for Swizzled {
                 .chunks_exact(sizes.row_weights)
                 .zip(codes.chunks_exact_mut(sizes.row_codes));
             for (row, (weights, codes)) in rows.enumerate() {
-                match self.kind {
-                    Kind::NvFp4 => put_row(row, weights, codes, scales, |weights, codes| {
-                        encode_nvfp4(tensor_scale, weights, codes)
-                    }),
-                    Kind::MxFp8 => put_row(row, weights, codes, scales, encode_mxfp8),
-                    Kind::MxFp4 => put_row(row, weights, codes, scales, encode_mxfp4),
-                }
+                encode_row(level, self.kind, tensor_scale, row, weights, codes, scales);
             }
         }
         Ok(())
@@ -308,6 +308,37 @@ impl Sizes {
 fn places(row: usize) -> impl Iterator<Item = usize> {
     let first = row % 32 * 16 + row / 32 * 4;
     (0..).map(move |block| block / 4 * 512 + first + block % 4)
+}
+
+/// Encodes row `row` of a row of tiles: all its codes, and its part of the scales of the tiles.
+pub fn encode_row(
+    level: Level,
+    kind: Kind,
+    tensor_scale: f32,
+    row: usize,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    kernels::encode_swizzled_row(level, kind, tensor_scale, row, weights, codes, scales);
+}
+
+#[inline(always)]
+pub(crate) fn encode_row_body(
+    kind: Kind,
+    tensor_scale: f32,
+    row: usize,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    match kind {
+        Kind::NvFp4 => put_row(row, weights, codes, scales, |weights, codes| {
+            encode_nvfp4(tensor_scale, weights, codes)
+        }),
+        Kind::MxFp8 => put_row(row, weights, codes, scales, encode_mxfp8),
+        Kind::MxFp4 => put_row(row, weights, codes, scales, encode_mxfp4),
+    }
 }
 
 /// Encodes a row with `encode`, which gives the scale of a block.
@@ -410,6 +441,7 @@ fn put_e2m1<const WEIGHTS: usize>(factor: f32, weights: &[f32; WEIGHTS], packed:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn every_scale_has_a_place_of_its_own() {
@@ -424,6 +456,31 @@ mod tests {
             places(33).take(6).collect::<Vec<_>>(),
             [20, 21, 22, 23, 532, 533]
         );
+    }
+
+    proptest! {
+        #[test]
+        fn levels_give_the_same_bytes(
+            columns in prop::sample::select(vec![32usize, 96, 160, 1024]),
+            row in 0usize..128,
+            tensor_scale in prop::sample::select(vec![1.0f32, 0.003, 1e-38, 1e-45]),
+            bits in prop::collection::vec(any::<u32>(), 1024),
+        ) {
+            let number = |&bits: &u32| Some(f32::from_bits(bits)).filter(|x| x.is_finite()).unwrap_or(0.0);
+            let weights: Vec<f32> = bits[..columns].iter().map(number).collect();
+            for kind in [Kind::NvFp4, Kind::MxFp8, Kind::MxFp4] {
+                let encoded = |level| {
+                    let mut codes = vec![0u8; columns / kind.per_byte() as usize];
+                    let mut scales = vec![0u8; columns.div_ceil(64) * 512];
+                    encode_row(level, kind, tensor_scale, row, &weights, &mut codes, &mut scales);
+                    (codes, scales)
+                };
+                let expected = encoded(Level::SCALAR);
+                for level in Level::available() {
+                    prop_assert_eq!(&encoded(level), &expected, "{}", level.name());
+                }
+            }
+        }
     }
 
     #[test]

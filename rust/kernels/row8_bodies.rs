@@ -1,9 +1,10 @@
-//! The portable bodies for rows of one byte per weight, compiled for the vectors of a level.
+//! The portable bodies for rows of bytes and of small floats, compiled for the vectors of a level.
 
-/// Defines the three kernels with the given target features enabled.
+/// Defines the kernels with the given target features enabled.
 macro_rules! row8_bodies {
     ($features:literal) => {
         use crate::formats::rows8::{self, Codes, Scaling};
+        use crate::formats::torchao_blocks;
 
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
@@ -30,6 +31,18 @@ macro_rules! row8_bodies {
             weights: &mut [f32],
         ) {
             rows8::decode_body(kind, zero, scale, codes, weights);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn encode_swizzled_row(
+            kind: torchao_blocks::Kind,
+            tensor_scale: f32,
+            row: usize,
+            weights: &[f32],
+            codes: &mut [u8],
+            scales: &mut [u8],
+        ) {
+            torchao_blocks::encode_row_body(kind, tensor_scale, row, weights, codes, scales);
         }
     };
 }

@@ -196,7 +196,23 @@ fn nvfp4(weight: &Weight<'_>) -> Result<Option<Decoder>> {
     weight.swizzled("torchao:nvfp4", Dtype::U8, 2)
 }
 
+/// Activations are quantized too; a copy tells of them what torchao's config does by itself.
 fn mx(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    let activations = weight.attributes.get("act_quant_kwargs");
+    let activations = activations.and_then(|kwargs| kwargs.get("_data")?.as_object());
+    let is_usual = activations.is_some_and(|attributes| {
+        let activations = Weight {
+            attributes,
+            ..*weight
+        };
+        activations.member("scaling_mode") == Some("RCEIL")
+            && ["elem_dtype", "kernel_preference"]
+                .iter()
+                .all(|name| activations.member(name) == weight.member(name))
+    });
+    if !is_usual || weight.member("kernel_preference") != Some("AUTO") {
+        return Ok(None);
+    }
     match weight.member("elem_dtype") {
         Some("float8_e4m3fn") => weight.swizzled("torchao:mxfp8", Dtype::F8_E4M3, 1),
         Some("float4_e2m1fn_x2") => weight.swizzled("torchao:mxfp4", Dtype::U8, 2),
