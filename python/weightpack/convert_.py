@@ -286,6 +286,14 @@ def _check_source(model: Model, checkpoint: Checkpoint) -> None:
     """Raises `UnsupportedError` for a source whose config or metadata says that it is packed in a way that is
     not understood: its arrays mean nothing by themselves."""
     method = model_config.source_method(model.config)
+    left = unrecognised(checkpoint)
+    for backend in left if method is None else left.keys() & {method}:
+        if method == backend or is_described(backend, checkpoint.metadata):
+            raise UnsupportedError(
+                f'the source is packed by "{backend}" in a format that is not decoded by this version '
+                f'(tensor "{left[backend][0]}", file "{checkpoint[left[backend][0]].file}")',
+                hint="convert the model it was made from",
+            )
     if (
         method is not None
         and method not in TARGETS
@@ -295,14 +303,6 @@ def _check_source(model: Model, checkpoint: Checkpoint) -> None:
             f'the source says that it is packed by {method}, and no such weight is found (file "{model.weights}")',
             hint="its layout may be another one: convert the model it was made from",
         )
-    left = unrecognised(checkpoint)
-    for backend in left if method is None else left.keys() & {method}:
-        if method == backend or is_described(backend, checkpoint.metadata):
-            raise UnsupportedError(
-                f'the source is packed by "{backend}" in a format that is not decoded by this version '
-                f'(tensor "{left[backend][0]}")',
-                hint="convert the model it was made from",
-            )
 
 
 def _container(dst: Path, to: FormatInfo, of_pipeline: bool) -> tuple[str, str]:

@@ -141,7 +141,7 @@ def test_layouts_that_are_not_decoded_are_refused(tmp_path):
         "layer.scales": part("F16", scales),
     }
     place = folder(tmp_path, tensors, {"quant_method": "awq", "bits": 4, "version": "gemv"})
-    with pytest.raises(UnsupportedError, match=r'version "gemv" is not decoded.*tensor "layer.qweight"'):
+    with pytest.raises(UnsupportedError, match=r'version "gemv" is not decoded'):
         wp.open_checkpoint(place)
 
 

@@ -18,13 +18,8 @@ const NOT_DECODED: &[&str] = &["marlin-24", "sparse-24-bitmask", "sparse-bitmask
 /// Every tensor of these layouts.
 pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
     let is_told = sources.text("quant_method") == Some("compressed-tensors");
-    if let Some(layout) = sources.text("format").filter(|_| is_told) {
-        if NOT_DECODED.contains(&layout) {
-            return Err(Error::unsupported(format!(
-                "the source is packed by compressed-tensors as \"{layout}\", which is not decoded"
-            ))
-            .hint("decompress it with compressed-tensors, or convert the model it was made from"));
-        }
+    if let Some(config) = sources.hints.quantization.as_ref().filter(|_| is_told) {
+        refuse(config)?;
     }
     let mut found = Vec::new();
     for (name, array) in sources.stored {
@@ -43,6 +38,42 @@ pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
         found.extend(recognised.map_err(|error| sources.located(error, name))?);
     }
     Ok(found)
+}
+
+/// Fails if the config tells of something that decoded weights alone do not make up for.
+fn refuse(config: &Value) -> Result<()> {
+    let layouts = [
+        config.get("format"),
+        config.pointer("/sparsity_config/format"),
+    ];
+    let layouts = layouts.into_iter().flatten().filter_map(Value::as_str);
+    if let Some(layout) = layouts.into_iter().find(|one| NOT_DECODED.contains(one)) {
+        return Err(Error::unsupported(format!(
+            "the source is packed by compressed-tensors as \"{layout}\", which is not decoded"
+        ))
+        .hint("decompress it with compressed-tensors, or convert the model it was made from"));
+    }
+    let transforms = config.get("transform_config");
+    match transforms.and_then(|transforms| online(transforms)) {
+        Some(place) => Err(Error::unsupported(format!(
+            "the model turns its activations (transform_config, at \"{place}\"), and its weights mean nothing without"
+        ))
+        .hint("convert the model it was made from")),
+        None => Ok(()),
+    }
+}
+
+/// A place of a transform that is no part of a weight.
+fn online(value: &Value) -> Option<&str> {
+    match value {
+        Value::Object(fields) => {
+            let place = fields.get("location").and_then(Value::as_str);
+            let place = place.filter(|place| !place.starts_with("weight"));
+            place.or_else(|| fields.values().find_map(online))
+        }
+        Value::Array(items) => items.iter().find_map(online),
+        _ => None,
+    }
 }
 
 /// `nvfp4-pack-quantized` and `mxfp4-pack-quantized`.

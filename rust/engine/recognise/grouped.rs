@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use serde_json::Value;
+
 use super::{module_of, Recognised, Sources};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -13,6 +15,7 @@ use super::super::checkpoint::Stored;
 
 /// Every tensor of these families.
 pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
+    refuse_layouts(sources)?;
     let mut found = Vec::new();
     for (name, array) in sources.stored {
         if array.entry.dtype != Dtype::I32 || array.entry.shape.len() != 2 {
@@ -50,7 +53,6 @@ fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Opt
     };
     let order = sources.get(&format!("{module}g_idx"));
     let (format, bits, columns): (&'static dyn Format, u64, u64) = if second == rows {
-        refuse_unless(sources, "checkpoint_format", &["gptq", "gptq_v2"])?;
         let told = sources.number("bits");
         let bits = match order.and_then(|order| order.entry.shape.first().copied()) {
             Some(columns) if columns > 0 => {
@@ -61,16 +63,17 @@ fn by_columns(sources: &Sources<'_>, module: &str, codes: &Stored) -> Result<Opt
         let columns = shape::multiply(first, 32, "bits of a column")? / bits.max(1);
         (&formats::grouped::GPTQ, bits, columns)
     } else if shape::multiply(second, 8, "rows of words")? == rows {
-        refuse_unless(sources, "version", &["gemm"])?;
         (&formats::grouped::AWQ, 4, first)
     } else {
         return Err(Error::unsupported(format!(
             "codes of shape {:?} with scales of shape {:?} are neither GPTQ's nor AWQ's layout",
             codes.entry.shape, scales.entry.shape
-        )));
+        ))
+        .hint("they may be arranged for a kernel (GEMV, Marlin): convert the checkpoint they were made from"));
     };
     let is_gptq = second == rows;
-    let is_second_version = sources.text("checkpoint_format") == Some("gptq_v2");
+    let is_second_version =
+        layout_of(sources, GPTQ_KEYS).is_some_and(|(_, told)| told == "gptq_v2");
     let group = group_size(sources, columns, groups);
     let integers = Integers {
         bits,
@@ -227,15 +230,37 @@ fn read_order(
     Ok((!in_order).then_some(numbers))
 }
 
-/// Fails if the config names a layout that is none of `known`.
-fn refuse_unless(sources: &Sources<'_>, key: &str, known: &[&str]) -> Result<()> {
-    match sources.text(key) {
-        Some(layout) if !known.contains(&layout.to_lowercase().as_str()) => {
-            Err(Error::unsupported(format!(
-                "{key} \"{layout}\" is not decoded by this version, only {}",
-                known.join(", ")
-            )))
-        }
-        _ => Ok(()),
-    }
+/// What the config calls the layout, under the names that it has had.
+const GPTQ_KEYS: &[&str] = &["checkpoint_format", "format"];
+const AWQ_KEYS: &[&str] = &["version", "format"];
+
+/// The name of the layout in small letters, and the key it stands under.
+fn layout_of<'k>(sources: &Sources<'_>, keys: &[&'k str]) -> Option<(&'k str, String)> {
+    let config = sources.hints.quantization.as_ref()?;
+    keys.iter().find_map(|key| {
+        let told = config.get(key)?.as_str()?;
+        Some((*key, told.to_lowercase()))
+    })
+}
+
+/// Fails if the config names a layout of GPTQ or AWQ that is not decoded.
+fn refuse_layouts(sources: &Sources<'_>) -> Result<()> {
+    let (keys, known) = match sources.text("quant_method") {
+        Some("gptq") => (GPTQ_KEYS, ["gptq", "gptq_v2"].as_slice()),
+        Some("awq") => (AWQ_KEYS, ["gemm"].as_slice()),
+        _ => return Ok(()),
+    };
+    let is_marlin = sources.config("is_marlin_format") == Some(&Value::Bool(true));
+    let told = match layout_of(sources, keys) {
+        Some((key, layout)) if !known.contains(&layout.as_str()) => format!("{key} \"{layout}\""),
+        _ if is_marlin => String::from("is_marlin_format"),
+        _ => return Ok(()),
+    };
+    Err(Error::unsupported(format!(
+        "{told} is not decoded by this version, only {}",
+        known.join(", ")
+    ))
+    .hint(
+        "the codes are arranged for a kernel: convert the checkpoint they were made from, or the model",
+    ))
 }

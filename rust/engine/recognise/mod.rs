@@ -140,10 +140,15 @@ impl Sources<'_> {
         look_up(self.hints.quantization.as_ref()?, key)
     }
 
-    /// `error` with the tensor and, where there is an array of that name, its file.
+    /// `error` with the tensor, and the file of the array of that name or of the first of its module.
     fn located(&self, error: Error, name: &str) -> Error {
         let error = error.tensor(name);
-        match self.get(name) {
+        let module = name.rfind('.').map_or("", |dot| &name[..=dot]);
+        let beside = || {
+            let (first, array) = self.stored.range(module..).next()?;
+            first.starts_with(module).then_some(array)
+        };
+        match self.get(name).or_else(beside) {
             Some(array) => error.file(self.checkpoint.path(array.file)),
             None => error,
         }

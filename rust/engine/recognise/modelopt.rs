@@ -10,6 +10,9 @@ use crate::formats::{self, scaled, Params};
 
 use super::super::checkpoint::Stored;
 
+/// What is added to the product of a weight packed by SVDQuant.
+const LOW_RANK: &[&str] = &["svdquant_lora_a", "weight_quantizer.svdquant_lora_a"];
+
 /// Every weight that ModelOpt exported.
 pub fn find(sources: &Sources<'_>) -> Result<Vec<Recognised>> {
     let by_modelopt = sources.hints.quantization.as_ref().is_some_and(is_export);
@@ -42,6 +45,15 @@ fn packed(
     scales: &Stored,
     by_modelopt: bool,
 ) -> Result<Option<Recognised>> {
+    let module = base.strip_suffix("weight").unwrap_or(base);
+    for low_rank in LOW_RANK {
+        if sources.get(&format!("{module}{low_rank}")).is_some() {
+            return Err(Error::unsupported(format!(
+                "\"{module}{low_rank}\" is a part of the weight (SVDQuant), and is not decoded"
+            ))
+            .hint("convert the model it was made from"));
+        }
+    }
     let (codes, sizes) = (&weight.entry.shape, &scales.entry.shape);
     let is_one = sizes.iter().product::<u64>() == 1;
     let is_float = scales.entry.dtype.is_float();
