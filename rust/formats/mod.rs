@@ -248,6 +248,9 @@ pub enum Naming {
     Sibling,
     /// `m._weight_qdata`: the last segment with an underscore on both sides, then the suffix (torchao).
     Flattened,
+    /// `k_scale` for a tensor called `m.weight`, `a.k_scale` for `a.m.weight`: the suffix in place of the last
+    /// two segments.
+    Outer,
 }
 
 impl Naming {
@@ -257,6 +260,7 @@ impl Naming {
             Naming::Appended => "appended",
             Naming::Sibling => "sibling",
             Naming::Flattened => "flattened",
+            Naming::Outer => "outer",
         }
     }
 }
@@ -297,6 +301,11 @@ impl Component {
             Naming::Appended => format!("{base}.{suffix}"),
             Naming::Sibling => format!("{module}{suffix}"),
             Naming::Flattened => format!("{module}_{leaf}_{suffix}"),
+            Naming::Outer => {
+                let inner = module.trim_end_matches('.');
+                let dot = inner.rfind('.').map_or(0, |dot| dot + 1);
+                format!("{}{suffix}", &inner[..dot])
+            }
         }
     }
 }

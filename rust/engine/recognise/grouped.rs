@@ -170,10 +170,12 @@ fn recognised(
         integers: Some(Arc::new(integers)),
         ..Params::default()
     };
+    let base = format!("{module}weight");
+    let layout = sources.with_beside(&base, format.layout(&shape, &params)?);
     Ok(Recognised {
-        base: format!("{module}weight"),
+        base,
         format,
-        layout: format.layout(&shape, &params)?,
+        layout,
     })
 }
 

@@ -71,6 +71,15 @@ const BESIDE: &[&str] = &[
     "input_zero_point",
     "output_zero_point",
 ];
+/// The same beside the layer of an attention that the weight belongs to, by the name of its module:
+/// ranges of what is kept of keys and values.
+const OUTSIDE: &[(&str, &str)] = &[
+    ("q_proj", "q_scale"),
+    ("k_proj", "k_scale"),
+    ("k_proj", "k_zero_point"),
+    ("v_proj", "v_scale"),
+    ("v_proj", "v_zero_point"),
+];
 /// Most columns that have factors of their own.
 const MOST_COLUMNS: u64 = 1 << 24;
 
@@ -222,15 +231,20 @@ impl Sources<'_> {
 
     /// `layout` with the arrays that stand beside the weight `base` and are no components of its format.
     fn with_beside(&self, base: &str, mut layout: Layout) -> Layout {
-        for suffix in BESIDE {
+        let module = base.strip_suffix(".weight").unwrap_or_default();
+        let name = module.rsplit('.').next().unwrap_or_default();
+        let outside = OUTSIDE.iter().filter(|(of, _)| *of == name);
+        let outside = outside.map(|(_, suffix)| (*suffix, Naming::Outer));
+        let beside = BESIDE.iter().map(|suffix| (*suffix, Naming::Sibling));
+        for (suffix, naming) in beside.chain(outside) {
             let component = Component {
                 suffix: Cow::Borrowed(suffix),
-                naming: Naming::Sibling,
+                naming,
                 dtype: Dtype::F32,
                 shape: Vec::new(),
                 span: Span::Whole,
             };
-            let is_known = |known: &Component| known.suffix == *suffix;
+            let is_known = |known: &Component| known.suffix == suffix;
             if layout.components.iter().any(is_known) {
                 continue;
             }
