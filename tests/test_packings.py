@@ -15,8 +15,8 @@ OF_TARGETS = {"host_config", "one_kind", "settle"}
 @pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.name)
 def test_a_row_has_its_module(row):
     module = import_module(f"weightpack.packings.{row.name.replace('-', '_')}")
-    expected = {"FORMATS", "METHODS", "describes", "leftovers"} | (OF_TARGETS if row.is_target else set())
-    assert set(module.__all__) == expected
+    assert {"FORMATS", "METHODS", "describes", "leftovers"} <= set(module.__all__)
+    assert set(module.__all__) & OF_TARGETS == (OF_TARGETS if row.is_target else set())
     assert module.leftovers(["model.norm.weight", "lm_head.weight", "lm_head.bias", "scale"]) == []
     for method in module.METHODS:
         assert table.backend_of_method(method) == row.name
