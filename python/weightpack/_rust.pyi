@@ -34,7 +34,7 @@ def formats() -> str:
     """JSON list of the format table: name, short, container, exactness, peer, reader, bits_per_weight, encodes."""
 
 def layout(format: str, shape: list[int], params: str) -> str:
-    """JSON list of components: suffix, naming ("appended", "sibling" or
+    """JSON list of components: suffix, naming ("appended", "sibling", "joined" or
     "flattened"), dtype, shape, bytes, late. `params` is a JSON object."""
 
 def encode(

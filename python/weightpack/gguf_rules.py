@@ -168,7 +168,7 @@ def _kept_by_host_name(entry: Entry, target: Target) -> Decision | None:
     name = own_name(module)
     if "norm" in name and name != "linear" and len(entry.shape) == 2 and leaf == "weight":
         return _plain(entry, target, "f32", "norm")
-    if leaf == "bias":
+    if leaf == "bias" or leaf.endswith("_bias"):
         return _plain(entry, target, "f32", "bias")
     if len(entry.shape) > 3 or (len(entry.shape) == 3 and "expert" not in entry.name):
         return keep(entry, target, "convolution" if len(entry.shape) > 3 or "conv" in name else "not a matrix")

@@ -133,6 +133,12 @@ pub fn decode_array(
         )));
     }
     for (index, component) in layout.sliced() {
+        if format.transposed_element(layout, index).is_some() {
+            return Err(Error::unsupported(format!(
+                "{}: is decoded from a checkpoint only",
+                format.info().name
+            )));
+        }
         let name = format!("component \"{}\"", component.suffix);
         check_length(
             &name,

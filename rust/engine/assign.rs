@@ -89,7 +89,8 @@ pub fn action(
             )));
         }
         let as_stored = tensor.packed.as_ref().is_none_or(|(format, layout)| {
-            !(0..layout.components.len()).any(|component| format.is_transposed(component))
+            (0..layout.components.len())
+                .all(|component| format.transposed_element(layout, component).is_none())
         });
         if !as_stored {
             return Err(Error::unsupported(format!(

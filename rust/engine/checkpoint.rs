@@ -59,7 +59,7 @@ impl Stored {
         match &self.made {
             None => 0,
             Some(Made::Rows(gather)) => gather.buffer_bytes(),
-            Some(Made::Transposed(matrix)) => matrix.stored().buffer_bytes(),
+            Some(Made::Transposed(matrix)) => matrix.buffer_bytes(),
             Some(Made::Decoded(weights)) => weights.buffer_bytes(),
         }
     }

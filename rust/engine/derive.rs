@@ -44,19 +44,18 @@ pub fn transpose(tensor: &Tensor) -> Result<Tensor> {
         Some(array) => array.clone(),
         None => Decoded::new(tensor.clone())?.stored()?,
     };
-    let mut result = plain_tensor(turned(array)?)?;
+    let mut result = plain_tensor(turned(Transposed::new(array)?))?;
     result.name.clone_from(&tensor.name);
     result.dtype = tensor.dtype;
     Ok(result)
 }
 
-/// A stored matrix with rows and columns exchanged.
-pub fn turned(array: Stored) -> Result<Stored> {
-    let transposed = Transposed::new(array.clone())?;
-    let mut result = array;
-    result.entry.shape = transposed.shape();
-    result.made = Some(Made::Transposed(Arc::new(transposed)));
-    Ok(result)
+/// An array of what is transposed.
+pub fn turned(matrix: Transposed) -> Stored {
+    let mut result = matrix.stored().clone();
+    result.entry.shape = matrix.shape();
+    result.made = Some(Made::Transposed(Arc::new(matrix)));
+    result
 }
 
 /// The one array of a tensor that is stored as one.

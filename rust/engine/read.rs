@@ -10,6 +10,7 @@ use crate::formats::MAX_PARTS;
 use crate::shape;
 
 use super::checkpoint::{Checkpoint, Tensor};
+use super::decoded::Decoded;
 use super::pool::{self, lock, Stop};
 use super::slab::{self, Cut};
 
@@ -74,9 +75,36 @@ fn undecodable(tensor: &Tensor) -> Error {
     Error::unsupported(format!("{} values cannot be decoded", tensor.dtype)).tensor(&tensor.name)
 }
 
+/// Decodes the weights from `first` on into `out`, rounded to `dtype`.
+fn read_part(
+    checkpoint: &Checkpoint,
+    weights: &Decoded,
+    dtype: Dtype,
+    first: u64,
+    out: &mut [u8],
+    tick: &mut dyn FnMut() -> Result<()>,
+) -> Result<()> {
+    let weight_bytes = shape::to_usize(dtype.alignment())?;
+    let most = (weights.unit_bytes() / 4).clamp(1, SLAB_WEIGHTS);
+    let most = shape::to_usize(most)?.min(out.len() / weight_bytes).max(1);
+    let (mut bytes, mut decoded) = (vec![0; most * 4], vec![0.0f32; most]);
+    let mut start = first;
+    for place in out.chunks_mut(most * weight_bytes) {
+        tick()?;
+        let count = place.len() / weight_bytes;
+        let bytes = slab::resize(&mut bytes, count as u64 * 4)?;
+        weights.read(checkpoint, start * 4, bytes)?;
+        for (weight, bytes) in decoded.iter_mut().zip(bytes.as_chunks().0) {
+            *weight = f32::from_le_bytes(*bytes);
+        }
+        float::narrow(dtype, decoded.get(..count).unwrap_or_default(), place)?;
+        start += count as u64;
+    }
+    Ok(())
+}
+
 /// Decodes weights `range` of a tensor into `out`, rounded once to `dtype`; stored integers are
-/// copied when `dtype` is their own type. `range` begins at a whole unit of the stored format (a row
-/// always does), `out` is little-endian and has exactly the weights' size.
+/// copied when `dtype` is their own type. `out` is little-endian and has exactly the weights' size.
 pub fn read(
     checkpoint: &Checkpoint,
     name: &str,
@@ -115,15 +143,22 @@ pub fn read(
         ))
         .tensor(name));
     }
-    let unit = packed.layout.unit_weights;
-    if !wanted.start.is_multiple_of(unit) {
-        return Err(Error::unsupported(format!(
-            "{} is read from a multiple of {unit} weights on, not from weight {}",
-            packed.format.info().name,
-            wanted.start
-        ))
-        .tensor(name));
+    let unit = packed.layout.unit_weights.max(1);
+    // Units that are wanted in part are decoded by themselves.
+    let first = wanted.start.next_multiple_of(unit).min(wanted.end);
+    let last = match wanted.end {
+        end if end == all => end,
+        end => (end / unit * unit).max(first),
+    };
+    let size = |weights: u64| shape::to_usize(weights * dtype.alignment());
+    let (head, rest) = out.split_at_mut(size(first - wanted.start)?);
+    let (out, tail) = rest.split_at_mut(size(last - first)?);
+    if !(head.is_empty() && tail.is_empty()) {
+        let weights = Decoded::new(tensor.clone())?;
+        read_part(checkpoint, &weights, dtype, wanted.start, head, tick)?;
+        read_part(checkpoint, &weights, dtype, last, tail, tick)?;
     }
+    let wanted = first..last;
     let weights = wanted.end - wanted.start;
     let cut = Cut::new(&[unit], weights, SLAB_WEIGHTS);
     let slab_bytes = shape::to_usize(shape::multiply(cut.slab, dtype.alignment(), "slab size")?)?;

@@ -1,5 +1,6 @@
 //! A stored matrix with rows and columns exchanged, or a stack of them each by itself, read in any byte
-//! range without holding it: some rows of the result are a strip of each row of the file.
+//! range without holding it: some rows of the result are a strip of each row of the file. What is moved
+//! as one is a number, or a block of packed weights.
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -11,20 +12,26 @@ use super::gather::Fetch;
 /// Strips that are read before any is put in its place: so many neighbours are written together.
 const STRIPS: u64 = 16;
 
+/// Bytes between two strips that are read in vain rather than passed over by another call of the system.
+const MOST_GAP_BYTES: u64 = 4 << 10;
+/// Bytes of neighbouring strips that are read together.
+const TOGETHER_BYTES: u64 = 64 << 10;
+
 /// Shortest strip, in bytes, that is worth a call of the system.
 const LEAST_STRIP_BYTES: u64 = 512;
 
 /// How many times the usual size a slab has at most, where columns are long.
 const MOST_USUAL_SLABS: u64 = 4;
 
-/// Matrices of plain numbers, transposed.
+/// Matrices, transposed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transposed {
     stored: Stored,
+    shape: Vec<u64>,
     /// Rows and columns of a stored matrix.
     rows: u64,
     columns: u64,
-    /// Bytes of a number.
+    /// Bytes of what is moved as one.
     element: u64,
 }
 
@@ -37,32 +44,55 @@ impl Transposed {
             entry.dtype,
             Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::I32
         );
-        let (true, [.., rows, columns]) = (is_plain, entry.shape.as_slice()) else {
+        if !is_plain || entry.shape.len() < 2 {
             return Err(Error::unsupported(format!(
                 "{} of shape {:?} is not transposed: only matrices of plain numbers are",
                 entry.dtype, entry.shape
             )));
+        }
+        let element = entry.dtype.alignment();
+        Self::of_elements(stored, element)
+    }
+
+    /// The transpose of `stored`, a matrix or a stack of them whose elements are runs of `element` bytes:
+    /// single numbers, or what the last dimensions hold.
+    pub fn of_elements(stored: Stored, element: u64) -> Result<Self> {
+        let entry = &stored.entry;
+        let (mut outer, mut bytes) = (entry.shape.as_slice(), entry.dtype.alignment());
+        while let (true, Some((last, rest))) = (bytes < element, outer.split_last()) {
+            bytes = shape::multiply(bytes, *last, "bytes of an element")?;
+            outer = rest;
+        }
+        let (true, &[.., rows, columns]) = (bytes == element, outer) else {
+            return Err(Error::unsupported(format!(
+                "{} of shape {:?} is no matrix of elements of {element} bytes",
+                entry.dtype, entry.shape
+            )));
         };
+        let mut shape = entry.shape.clone();
+        shape.swap(outer.len() - 2, outer.len() - 1);
         Ok(Transposed {
-            rows: *rows,
-            columns: *columns,
-            element: entry.dtype.alignment(),
             stored,
+            shape,
+            rows,
+            columns,
+            element,
         })
     }
 
     /// The shape that it is read in.
     pub fn shape(&self) -> Vec<u64> {
-        let outer = match self.stored.entry.shape.as_slice() {
-            [outer @ .., _, _] => outer,
-            _ => &[],
-        };
-        [outer, &[self.columns, self.rows]].concat()
+        self.shape.clone()
     }
 
     /// What is transposed.
     pub fn stored(&self) -> &Stored {
         &self.stored
+    }
+
+    /// Bytes of buffers that a read takes, besides strips that are shorter than what is read of them.
+    pub fn buffer_bytes(&self) -> u64 {
+        TOGETHER_BYTES + STRIPS * MOST_GAP_BYTES + self.stored.buffer_bytes()
     }
 
     /// Bytes of a slab for which strips are not too short: `usual`, or more.
@@ -74,9 +104,12 @@ impl Transposed {
     /// Fills `buffer` with the bytes from `offset` on. Both are whole numbers of elements.
     pub fn read(&self, offset: u64, buffer: &mut [u8], fetch: &Fetch<'_>) -> Result<()> {
         match self.element {
+            1 => self.read_elements::<1>(offset, buffer, fetch),
             2 => self.read_elements::<2>(offset, buffer, fetch),
             4 => self.read_elements::<4>(offset, buffer, fetch),
-            _ => self.read_elements::<8>(offset, buffer, fetch),
+            8 => self.read_elements::<8>(offset, buffer, fetch),
+            16 => self.read_elements::<16>(offset, buffer, fetch),
+            other => Err(Error::Internal(format!("elements of {other} bytes"))),
         }
     }
 
@@ -101,6 +134,26 @@ impl Transposed {
         Ok(())
     }
 
+    /// How many strips of `count` elements are read before they are put in their places, and whether one
+    /// read takes them all with what lies between them.
+    fn strips_at_once(&self, count: u64) -> (u64, bool) {
+        let gap = self
+            .columns
+            .saturating_sub(count)
+            .saturating_mul(self.element);
+        // What is made on the way is not made in vain.
+        let most = match self.stored.made {
+            None => MOST_GAP_BYTES,
+            Some(_) => 0,
+        };
+        if gap > most {
+            return (STRIPS.min(self.rows).max(1), false);
+        }
+        let row = self.columns.saturating_mul(self.element).max(1);
+        let fitting = (TOGETHER_BYTES / row).max(STRIPS);
+        (fitting.min(self.rows).max(1), true)
+    }
+
     /// Fills `elements` with those of one matrix from `first` on; `base` elements are stored before it.
     fn read_matrix<const BYTES: usize>(
         &self,
@@ -113,16 +166,26 @@ impl Transposed {
         // Rows of the result, the first and the last of which may be there in part.
         let (top, bottom) = (first / self.rows, end.div_ceil(self.rows));
         let count = bottom - top;
-        let strip = shape::to_usize(count)?;
-        let mut strips = vec![[0; BYTES]; shape::to_usize(STRIPS.min(self.rows))? * strip];
-        for left in (0..self.rows).step_by(STRIPS as usize) {
-            let together = STRIPS.min(self.rows - left);
-            for (column, strip) in (left..)
-                .zip(strips.chunks_exact_mut(strip))
-                .take(together as usize)
-            {
-                let place = base + column * self.columns + top;
-                fetch(&self.stored, place * BYTES as u64, strip.as_flattened_mut())?;
+        let (at_once, is_one_read) = self.strips_at_once(count);
+        // Elements from the beginning of one strip to that of the next.
+        let step = if is_one_read { self.columns } else { count };
+        let pitch = shape::to_usize(step)?;
+        let most = shape::multiply(at_once - 1, step, "elements of strips")? + count;
+        let mut strips = vec![[0; BYTES]; shape::to_usize(most)?];
+        for left in (0..self.rows).step_by(shape::to_usize(at_once)?) {
+            let together = at_once.min(self.rows - left);
+            let place = |column: u64| (base + column * self.columns + top) * BYTES as u64;
+            if is_one_read {
+                let wanted = shape::to_usize((together - 1) * step + count)?;
+                let read = strips.get_mut(..wanted).unwrap_or_default();
+                fetch(&self.stored, place(left), read.as_flattened_mut())?;
+            } else {
+                for (column, strip) in (left..)
+                    .zip(strips.chunks_exact_mut(pitch))
+                    .take(together as usize)
+                {
+                    fetch(&self.stored, place(column), strip.as_flattened_mut())?;
+                }
             }
             for row in 0..count {
                 let start = (top + row) * self.rows + left;
@@ -135,8 +198,8 @@ impl Transposed {
                     shape::to_usize(here.start - first)?..shape::to_usize(here.end - first)?;
                 let found = strips
                     .iter()
-                    .skip(skipped * strip + row as usize)
-                    .step_by(strip);
+                    .skip(skipped * pitch + row as usize)
+                    .step_by(pitch);
                 for (element, found) in elements.get_mut(place).into_iter().flatten().zip(found) {
                     *element = *found;
                 }
@@ -246,6 +309,47 @@ mod tests {
         assert_eq!(transposed.slab_bytes(1 << 20), 1 << 20);
         let long = Transposed::new(stored(Dtype::BF16, 1 << 20, 8)).unwrap();
         assert_eq!(long.slab_bytes(1 << 20), 4 << 20);
+    }
+
+    #[test]
+    fn blocks_are_moved_as_one_and_neighbours_read_together() {
+        for (shape, element) in [(vec![2, 5, 3, 16], 16u64), (vec![2, 5, 3], 1)] {
+            let mut array = stored(Dtype::U8, 10, 3 * element);
+            array.entry.shape.clone_from(&shape);
+            let reads = Cell::new(0);
+            let fetch = |array: &Stored, offset: u64, buffer: &mut [u8]| {
+                assert!(offset + buffer.len() as u64 <= array.entry.bytes);
+                reads.set(reads.get() + 1);
+                for (index, byte) in (offset..).zip(buffer) {
+                    *byte = index as u8;
+                }
+                Ok(())
+            };
+            let transposed = Transposed::of_elements(array, element).unwrap();
+            let turned = [&[2, 3, 5], &shape[3..]].concat();
+            assert_eq!(transposed.shape(), turned);
+            let place = |index: u64| (index / 15) * 15 + index % 5 * 3 + index / 5 % 3;
+            for first in 0..30 {
+                for end in first..=30 {
+                    let mut buffer = vec![0; ((end - first) * element) as usize];
+                    transposed
+                        .read(first * element, &mut buffer, &fetch)
+                        .unwrap();
+                    let expected: Vec<u8> = (first..end)
+                        .flat_map(|index| {
+                            (0..element).map(move |byte| (place(index) * element + byte) as u8)
+                        })
+                        .collect();
+                    assert_eq!(buffer, expected, "{element}: {first}..{end}");
+                }
+            }
+            reads.take();
+            transposed
+                .read(0, &mut vec![0; 30 * element as usize], &fetch)
+                .unwrap();
+            assert_eq!(reads.take(), 2, "one for each matrix");
+            assert!(Transposed::of_elements(stored(Dtype::U8, 4, 24), 16).is_err());
+        }
     }
 
     #[test]

@@ -145,8 +145,9 @@ impl Format for Grouped {
         self.info
     }
 
-    fn is_transposed(&self, component: usize) -> bool {
-        self.transposed && component < 3
+    fn transposed_element(&self, layout: &Layout, component: usize) -> Option<u64> {
+        let array = layout.components.get(component)?;
+        (self.transposed && component < 3).then(|| array.dtype.alignment())
     }
 
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {

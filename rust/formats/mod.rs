@@ -19,6 +19,8 @@ mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
 #[doc(hidden)]
+pub mod experts;
+#[doc(hidden)]
 pub mod fp4;
 #[doc(hidden)]
 pub mod ggml_activation;
@@ -246,6 +248,8 @@ pub enum Naming {
     Appended,
     /// `m.SCB`: the suffix in place of the last segment.
     Sibling,
+    /// `m.weight_blocks`: the suffix behind the tensor's name and an underscore.
+    Joined,
     /// `m._weight_qdata`: the last segment with an underscore on both sides, then the suffix (torchao).
     Flattened,
     /// `k_scale` for a tensor called `m.weight`, `a.k_scale` for `a.m.weight`: the suffix in place of the last
@@ -259,6 +263,7 @@ impl Naming {
         match self {
             Naming::Appended => "appended",
             Naming::Sibling => "sibling",
+            Naming::Joined => "joined",
             Naming::Flattened => "flattened",
             Naming::Outer => "outer",
         }
@@ -300,6 +305,7 @@ impl Component {
             Naming::Appended if suffix.is_empty() => base.to_owned(),
             Naming::Appended => format!("{base}.{suffix}"),
             Naming::Sibling => format!("{module}{suffix}"),
+            Naming::Joined => format!("{base}_{suffix}"),
             Naming::Flattened => format!("{module}_{leaf}_{suffix}"),
             Naming::Outer => {
                 let inner = module.trim_end_matches('.');
@@ -514,10 +520,10 @@ pub trait Format: Sync + Send {
         self.decode(layout, first, parts, weights)
     }
 
-    /// Whether files hold this component with rows and columns exchanged. Such arrays are decoded from
-    /// a checkpoint only.
-    fn is_transposed(&self, _component: usize) -> bool {
-        false
+    /// Bytes of what is moved as one (a word, a block) in a component that files hold with rows and columns
+    /// exchanged; `None` for all others. Such arrays are decoded from a checkpoint only.
+    fn transposed_element(&self, _layout: &Layout, _component: usize) -> Option<u64> {
+        None
     }
 
     /// What happens to weights that are not finite.
@@ -576,6 +582,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &mx::NVFP4_FORMAT,
     &ggml_activation::Q8_1_FORMAT,
     &ggml_activation::Q8_K_FORMAT,
+    &experts::MXFP4,
     &grouped::GPTQ,
     &grouped::AWQ,
     &grouped::COMPRESSED,

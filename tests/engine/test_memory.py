@@ -56,6 +56,32 @@ def test_one_tensor_in_fp8(tmp_path: Path, to: str) -> None:
     assert peak_anonymous(words) <= LIMIT
 
 
+def test_a_stack_of_experts(tmp_path: Path) -> None:
+    """200 MB of gpt-oss, as decoded 800 MB."""
+    experts, rows, columns = 24, 2880, 5760
+    codes = np.random.default_rng(0).integers(0, 256, (columns, rows // 2), np.uint8)
+    scales = np.full((columns, rows // 32), 120, np.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    middle, end = experts * codes.nbytes, experts * (codes.nbytes + scales.nbytes)
+    header = {
+        f"{name}_blocks": {
+            "dtype": "U8",
+            "shape": [experts, columns, rows // 32, 16],
+            "data_offsets": [0, middle],
+        },
+        f"{name}_scales": {"dtype": "U8", "shape": [experts, columns, rows // 32], "data_offsets": [middle, end]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in (codes, scales):
+            for _ in range(experts):
+                file.write(array.data)
+    words = command("convert", tmp_path / "model", tmp_path / "out", "--to", "bf16")
+    assert peak_anonymous(words) <= LIMIT
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("options", [["--to", "nf4"], ["--to", "nf4", "--double-quant"], ["--to", "bitsandbytes:int8"]])
 @pytest.mark.parametrize("shape", ["checkpoint of 4 GB", "tensor of 2 GB"])

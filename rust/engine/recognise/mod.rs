@@ -5,6 +5,7 @@
 
 mod bitsandbytes;
 mod compressed;
+mod experts;
 mod fp8;
 mod grouped;
 mod modelopt;
@@ -24,6 +25,7 @@ use crate::shape;
 
 use super::checkpoint::{Checkpoint, Stored, Tensor};
 use super::derive;
+use super::transpose::Transposed;
 
 /// What a model says about its weights outside of the files that hold them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -92,6 +94,7 @@ const PACKINGS: &[Find] = &[
     compressed::find,
     modelopt::find,
     fp8::find,
+    experts::find,
 ];
 
 /// Every packed weight of a checkpoint.
@@ -198,10 +201,14 @@ impl Sources<'_> {
                 }
                 None => {}
             }
-            parts.push(match found {
-                Some(part) if format.is_transposed(position) => Some(derive::turned(part)?),
-                found => found,
-            });
+            parts.push(
+                match (found, format.transposed_element(&layout, position)) {
+                    (Some(part), Some(element)) => {
+                        Some(derive::turned(Transposed::of_elements(part, element)?))
+                    }
+                    (found, _) => found,
+                },
+            );
         }
         if let Some(index) = format.tensor_scale() {
             let Some(Some(part)) = parts.get(index) else {
