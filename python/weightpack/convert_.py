@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import gguf_rules, gguf_target, host_target, model_config, overrides, recipes, rules
 from .assembly import source_row
 from .checkpoint import Checkpoint, native_checkpoint
-from .decision import Decisions, Target
+from .decision import OPTIONS, Decisions, Target
 from .entry import Entry
 from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from .folder import STEMS, Model, carried_files, find_models, is_pipeline
@@ -40,7 +40,6 @@ Progress = Callable[[int, int, int, str], None]
 """Called about ten times a second: bytes read, bytes to read, bytes written, tensor in work."""
 
 _CONVERTED_COMPONENTS = ("transformer", "unet", "prior", "text_encoder", "controlnet")
-_FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,8 @@ def convert(
 
     `to` is a format by full or short name ("nf4", "gguf:q8_0", "bf16"), or a recipe ("q4_k_m").
     `double_quant`, `block_size`: as bitsandbytes' `bnb_4bit_use_double_quant` and `blocksize`.
+    `group_size`: weights of a row that share a scale, for torchao's formats that have groups; the whole row
+    by default.
     `compute_dtype`: the type that 4-bit layers compute in ("bfloat16"); by default the source's.
     `keep`, `only`, `assign`, `recipe`: see `weightpack.overrides`.
     `components`: those of a pipeline to convert, by default transformers, unets, priors,
@@ -220,20 +221,17 @@ def _options(
         target = recipes.find_target(read.default)
     rule_set = overrides.build(full_name, recipe=read, **patterns)
     formats = {target.name, *(rule.format for rule in rule_set.rules)}
-    for option, given in (("double_quant", double_quant), ("block_size", block_size is not None)):
-        if given and not formats & set(_FOUR_BIT):
-            raise ConfigError(f"{option} is an option of {' and '.join(_FOUR_BIT)}, and neither is asked for")
-    if group_size is not None:
-        raise ConfigError("group_size is an option of formats that this version does not have")
+    params: dict[str, Any] = {"double_quant": double_quant or None, "block_size": block_size, "group_size": group_size}
+    params = {option: value for option, value in params.items() if value is not None}
+    for option in params:
+        if not formats & set(OPTIONS[option]):
+            raise ConfigError(f"{option} is an option of {', '.join(OPTIONS[option])}, and none is asked for")
+    if group_size is not None and group_size < 1:
+        raise ConfigError(f"group_size is not positive: {group_size}")
     if on_nonfinite not in ("refuse", "keep"):
         raise ConfigError(f'on_nonfinite "{on_nonfinite}" is none of refuse, keep')
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is not positive: {threads}")
-    params: dict[str, Any] = {}
-    if block_size is not None:
-        params["block_size"] = block_size
-    if double_quant:
-        params["double_quant"] = True
     if compute_dtype is not None:
         compute_dtype = model_config.compute_dtype(compute_dtype, ())
     return _Options(

@@ -19,6 +19,9 @@ GGML_DIMENSIONS = 4
 """Most dimensions of a tensor for readers that are built on ggml."""
 
 _FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
+_GROUPED = ("torchao:int8", *(f"torchao:intx{bits}" for bits in range(2, 9)), "torchao:float8")
+OPTIONS = {"double_quant": _FOUR_BIT, "block_size": _FOUR_BIT, "group_size": _GROUPED}
+"""The options of formats, and which formats have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Target:
     """What is asked for.
 
     `format` is the row for `--to`, `container` "safetensors" or "gguf". `params` are the options of
-    the format (`block_size`, `double_quant`). `plain` is the cast used where a packed tensor must
+    the format (`OPTIONS`). `plain` is the cast used where a packed tensor must
     be stored as plain numbers. `for_host` says that the result is a model folder which a host will
     load; `fits` gives the reason why a format cannot take a shape, or `None`. `gguf` is what only
     concerns GGUF.
@@ -113,7 +116,7 @@ def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
     if entry.weights == 0:
         return keep(entry, target, "empty")
     params = params_for(entry, name, target)
-    if entry.format == name and not any(target.params.get(option) for option in params):
+    if entry.format == name and not any(params.get(option) for option in ("block_size", "double_quant")):
         return Decision(entry, COPY, f"{why}, packed already")
     reason = target.fits(name, entry.shape, params)
     if reason is not None:
@@ -124,11 +127,15 @@ def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
 def params_for(entry: Entry, name: str, target: Target) -> Mapping[str, Any]:
     """The options that format `name` takes for a tensor. One without a type of its own (GGUF blocks) is
     packed as if it had that of plain tensors."""
-    if name in _FOUR_BIT:
-        return target.params
-    if name.startswith("gguf:") or entry.dtype in FLOATS:
-        return {}
-    return {"dtype": target.plain.upper()}
+    chosen = {"block_size" if key == "group_size" else key: target.params[key] for key in _options(name, target)}
+    if name in _FOUR_BIT or name.startswith("gguf:") or entry.dtype in FLOATS:
+        return chosen
+    return {**chosen, "dtype": target.plain.upper()}
+
+
+def _options(name: str, target: Target) -> list[str]:
+    """The options that are given and that format `name` has."""
+    return [option for option in target.params if name in OPTIONS[option]]
 
 
 def as_float(entry: Entry, name: str, why: str) -> Decision:

@@ -132,8 +132,9 @@ def dequantize(
         raise FormatError(f'{format}: the main component "{first}" is missing')
     main = _arrays.view(components[first])
     params: dict[str, Any] = {"block_size": block_size, "double_quant": bool(double_quant)}
-    if _TYPED in components:
-        params["dtype"] = _arrays.view_floats(components[_TYPED]).dtype
+    for typed in _TYPED & components.keys():
+        if (scale := _arrays.view(components[typed]).dtype) in _arrays.FLOATS:
+            params["dtype"] = scale
     if nested_offset is not None:
         params["nested_offset"] = nested_offset
     for name in components:
@@ -169,8 +170,8 @@ def dequantize(
 
 _TABLES = ("quant_map", "nested_quant_map", "weight_format", "input_scale", "output_scale")
 """Components that decoding does not look at."""
-_TYPED = "_scale"
-"""The component that has the type of the weights."""
+_TYPED = {"_scale", "scale"}
+"""Components that have the type of the weights, or decode alike whatever it is."""
 
 
 def pack_int4(codes: Any, order: str = "low_first") -> Any:

@@ -1,4 +1,4 @@
-//! One byte per weight and one scale per row: the arithmetic that torchao and quanto share.
+//! One byte per weight and one scale per row or group: the arithmetic that torchao and quanto share.
 //!
 //! A row is encoded from the quotients of its weights and its scale. Where a library divides in the
 //! type of the weights, each quotient is rounded to that type; as none of the quotients that decide
@@ -32,6 +32,41 @@ pub enum Scaling {
     Product,
     /// `weight/factor`, rounded to a type.
     Quotient(Dtype),
+}
+
+/// How groups of weights get a scale each, and whole numbers as codes: the scale is a/`divisor` in the type
+/// `dtype` of the weights, a being the largest magnitude, and `least` at least; the code is w·(1/scale), rounded and limited to `low` … `high`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Grouping {
+    /// Weights of a group.
+    pub size: usize,
+    /// Type of the weights: F32, F16 or BF16.
+    pub dtype: Dtype,
+    /// Whether scales are stored in that type, and reciprocals and products rounded to it; in F32 otherwise.
+    pub is_narrow: bool,
+    /// What the largest magnitude is divided by.
+    pub divisor: f32,
+    /// The least scale.
+    pub least: f32,
+    /// The least code.
+    pub low: f32,
+    /// The largest code.
+    pub high: f32,
+}
+
+impl Grouping {
+    /// Type of scales, reciprocals and products.
+    pub fn scale_type(&self) -> Dtype {
+        match self.is_narrow {
+            true => self.dtype,
+            false => Dtype::F32,
+        }
+    }
+
+    #[inline(always)]
+    fn scale(&self, largest: f32) -> f32 {
+        round_to(self.dtype, largest / self.divisor).max(self.least)
+    }
 }
 
 /// 1.5·2²³: added to a number of magnitude below 2²², it rounds that to a whole number, ties to even,
@@ -73,6 +108,31 @@ pub fn encode(
     kernels::encode_row8(level, kind, scaling, factor, weights, codes);
 }
 
+/// Codes of whole groups of `weights`, and the bytes of their scales.
+pub fn encode_groups(
+    level: Level,
+    grouping: &Grouping,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    kernels::encode_groups8(level, grouping, weights, codes, scales);
+}
+
+/// Weights of whole groups of `size` codes: (code − zero)·scale, scales being stored as `dtype` (F32, F16 or
+/// BF16), zeros as a signed byte.
+pub fn decode_groups(
+    level: Level,
+    size: usize,
+    dtype: Dtype,
+    codes: &[u8],
+    scales: &[u8],
+    zeros: &[u8],
+    weights: &mut [f32],
+) {
+    kernels::decode_groups8(level, size, dtype, codes, scales, zeros, weights);
+}
+
 /// Weights of `codes`: (code − zero)·scale. E4M3 has no zero.
 pub fn decode(level: Level, kind: Codes, zero: i8, scale: f32, codes: &[u8], weights: &mut [f32]) {
     kernels::decode_row8(level, kind, zero, scale, codes, weights);
@@ -96,7 +156,9 @@ pub(crate) fn encode_body(
     codes: &mut [u8],
 ) {
     match kind {
-        Codes::Int8 => scaled(scaling, factor, weights, codes, nearest_int8),
+        Codes::Int8 => scaled(scaling, factor, weights, codes, |value| {
+            nearest_whole(value, -128.0, 127.0)
+        }),
         Codes::E4m3 => scaled(scaling, factor, weights, codes, to_e4m3),
     }
 }
@@ -110,22 +172,22 @@ fn scaled(
     nearest: impl Fn(f32) -> u8,
 ) {
     match scaling {
-        Scaling::Product => each(weights, codes, |weight| nearest(weight * factor)),
-        Scaling::Quotient(Dtype::F16) => each(weights, codes, |weight| {
+        Scaling::Product => each::<64>(weights, codes, |weight| nearest(weight * factor)),
+        Scaling::Quotient(Dtype::F16) => each::<64>(weights, codes, |weight| {
             nearest(shortened::<13>(weight / factor))
         }),
-        Scaling::Quotient(Dtype::BF16) => each(weights, codes, |weight| {
+        Scaling::Quotient(Dtype::BF16) => each::<64>(weights, codes, |weight| {
             nearest(shortened::<16>(weight / factor))
         }),
-        Scaling::Quotient(_) => each(weights, codes, |weight| nearest(weight / factor)),
+        Scaling::Quotient(_) => each::<64>(weights, codes, |weight| nearest(weight / factor)),
     }
 }
 
 #[inline(always)]
-fn each(weights: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
+fn each<const RUN: usize>(weights: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
     // Runs of a fixed length, so that bytes are put together from whole vectors.
-    let (runs, rest) = weights.as_chunks::<64>();
-    let (places, last) = codes.as_chunks_mut::<64>();
+    let (runs, rest) = weights.as_chunks::<RUN>();
+    let (places, last) = codes.as_chunks_mut::<RUN>();
     for (weights, places) in runs.iter().zip(places) {
         for (place, &weight) in places.iter_mut().zip(weights) {
             *place = code(weight);
@@ -133,6 +195,95 @@ fn each(weights: &[f32], codes: &mut [u8], code: impl Fn(f32) -> u8) {
     }
     for (place, &weight) in last.iter_mut().zip(rest) {
         *place = code(weight);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn encode_groups_body(
+    grouping: &Grouping,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) {
+    match grouping.scale_type() {
+        Dtype::F16 => groups::<13, 2>(grouping, weights, codes, scales, |scale| {
+            f16::from_f32(scale).to_le_bytes()
+        }),
+        Dtype::BF16 => groups::<16, 2>(grouping, weights, codes, scales, |scale| {
+            bf16::from_f32(scale).to_le_bytes()
+        }),
+        _ => groups::<0, 4>(grouping, weights, codes, scales, f32::to_le_bytes),
+    }
+}
+
+/// `DROPPED` bits of the fraction are what the type of scales has less than F32, `WIDTH` its bytes.
+#[inline(always)]
+fn groups<const DROPPED: u32, const WIDTH: usize>(
+    grouping: &Grouping,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    bytes: impl Fn(f32) -> [u8; WIDTH],
+) {
+    let (size, low, high) = (grouping.size.max(1), grouping.low, grouping.high);
+    let groups = weights
+        .chunks(size)
+        .zip(codes.chunks_mut(size))
+        .zip(scales.as_chunks_mut().0);
+    for ((weights, codes), place) in groups {
+        let scale = grouping.scale(largest_body(weights));
+        *place = bytes(scale);
+        let factor = round_to(grouping.scale_type(), 1.0 / scale);
+        let code = |weight| nearest_whole(shortened::<DROPPED>(weight * factor), low, high);
+        // The usual sizes of groups are multiples of one of these.
+        match size.is_multiple_of(64) {
+            true => each::<64>(weights, codes, code),
+            false => each::<32>(weights, codes, code),
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn decode_groups_body(
+    size: usize,
+    dtype: Dtype,
+    codes: &[u8],
+    scales: &[u8],
+    zeros: &[u8],
+    weights: &mut [f32],
+) {
+    match dtype {
+        Dtype::F16 => decode_scaled(size, codes, scales, zeros, weights, |bytes| {
+            f16::from_le_bytes(bytes).to_f32()
+        }),
+        Dtype::BF16 => decode_scaled(size, codes, scales, zeros, weights, |bytes| {
+            bf16::from_le_bytes(bytes).to_f32()
+        }),
+        _ => decode_scaled(size, codes, scales, zeros, weights, f32::from_le_bytes),
+    }
+}
+
+#[inline(always)]
+fn decode_scaled<const WIDTH: usize>(
+    size: usize,
+    codes: &[u8],
+    scales: &[u8],
+    zeros: &[u8],
+    weights: &mut [f32],
+    value: impl Fn([u8; WIDTH]) -> f32,
+) {
+    let groups = weights
+        .chunks_mut(size.max(1))
+        .zip(codes.chunks(size.max(1)))
+        .zip(scales.as_chunks().0.iter().zip(zeros));
+    for ((weights, codes), (scale, zero)) in groups {
+        decode_body(
+            Codes::Int8,
+            zero.cast_signed(),
+            value(*scale),
+            codes,
+            weights,
+        );
     }
 }
 
@@ -166,8 +317,8 @@ fn shortened<const DROPPED: u32>(value: f32) -> f32 {
 }
 
 #[inline(always)]
-fn nearest_int8(value: f32) -> u8 {
-    let limited = value.clamp(-128.0, 127.0);
+fn nearest_whole(value: f32, low: f32, high: f32) -> u8 {
+    let limited = value.clamp(low, high);
     (limited + TO_WHOLE).to_bits() as u8
 }
 
@@ -225,7 +376,7 @@ mod tests {
         fn whole_numbers_are_the_nearest(x in -300f32..300.0, halves in -300i32..300) {
             for x in [x, halves as f32 / 2.0] {
                 let expected = x.round_ties_even().clamp(-128.0, 127.0) as i8;
-                prop_assert_eq!(nearest_int8(x).cast_signed(), expected);
+                prop_assert_eq!(nearest_whole(x, -128.0, 127.0).cast_signed(), expected);
             }
         }
 

@@ -435,7 +435,7 @@ pub fn with_scales(mut layout: Layout, dtype: Dtype, scales: &[u64]) -> Result<L
             )));
         }
         if let Span::Blocks { bytes, .. } = &mut component.span {
-            *bytes = *bytes / 4 * width;
+            *bytes = *bytes / scale_bytes(component.dtype)? as u64 * width;
         }
         component.dtype = dtype;
         component.shape = scales.to_vec();
@@ -474,7 +474,7 @@ fn matrix(name: &str, shape: &[u64]) -> Result<(u64, u64)> {
 }
 
 /// The least normal number of a weight's type.
-fn least_normal(dtype: Dtype) -> f32 {
+pub(super) fn least_normal(dtype: Dtype) -> f32 {
     match dtype {
         Dtype::F16 => f32::from_bits((127 - 14) << 23),
         _ => f32::MIN_POSITIVE,

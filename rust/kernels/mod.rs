@@ -173,6 +173,21 @@ offers! {
         codes: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_body(kind, zero, scale, codes, weights);
+    /// `rows8::encode_groups` and `rows8::decode_groups`, likewise.
+    fn encode_groups8 [avx2 avx512] (
+        grouping: &rows8::Grouping,
+        weights: &[f32],
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> () = rows8::encode_groups_body(grouping, weights, codes, scales);
+    fn decode_groups8 [avx2 avx512] (
+        size: usize,
+        dtype: crate::dtype::Dtype,
+        codes: &[u8],
+        scales: &[u8],
+        zeros: &[u8],
+        weights: &mut [f32],
+    ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
     /// `torchao_blocks::encode_row`, whose body is compiled for each level.
     fn encode_swizzled_row [avx2 avx512] (
         kind: torchao_blocks::Kind,

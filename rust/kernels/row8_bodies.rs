@@ -1,9 +1,10 @@
-//! The portable bodies for rows of bytes and of small floats, compiled for the vectors of a level.
+//! The portable bodies for rows and groups of bytes and of small floats, compiled for the vectors of a level.
 
 /// Defines the kernels with the given target features enabled.
 macro_rules! row8_bodies {
     ($features:literal) => {
-        use crate::formats::rows8::{self, Codes, Scaling};
+        use crate::dtype::Dtype;
+        use crate::formats::rows8::{self, Codes, Grouping, Scaling};
         use crate::formats::torchao_blocks;
 
         #[target_feature(enable = $features)]
@@ -31,6 +32,28 @@ macro_rules! row8_bodies {
             weights: &mut [f32],
         ) {
             rows8::decode_body(kind, zero, scale, codes, weights);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn encode_groups8(
+            grouping: &Grouping,
+            weights: &[f32],
+            codes: &mut [u8],
+            scales: &mut [u8],
+        ) {
+            rows8::encode_groups_body(grouping, weights, codes, scales);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn decode_groups8(
+            size: usize,
+            dtype: Dtype,
+            codes: &[u8],
+            scales: &[u8],
+            zeros: &[u8],
+            weights: &mut [f32],
+        ) {
+            rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
         }
 
         #[target_feature(enable = $features)]

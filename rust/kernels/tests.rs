@@ -5,7 +5,7 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::dtype::Dtype;
 use crate::float;
-use crate::formats::rows8::{self, Codes, Scaling};
+use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 use crate::formats::Block;
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 
@@ -318,6 +318,51 @@ fn check_rows8(level: Level) {
     }
 }
 
+fn check_groups8(level: Level) {
+    for mut input in inputs(1024) {
+        // Scales that are NaN have no bits in particular; such weights are refused.
+        for weight in &mut input {
+            *weight = if weight.is_finite() { *weight } else { 1.0 };
+        }
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            for (size, is_narrow) in [(32, true), (128, true), (80, true), (1, true), (64, false)] {
+                let grouping = Grouping {
+                    size,
+                    dtype,
+                    is_narrow,
+                    divisor: 7.5,
+                    least: 6.2e-5,
+                    low: -8.0,
+                    high: 7.0,
+                };
+                let weights = &input[1..1 + 1000 / size * size];
+                let width = if is_narrow && dtype != Dtype::F32 {
+                    2
+                } else {
+                    4
+                };
+                let groups = weights.len() / size;
+                let mut expected = (vec![0; weights.len()], vec![0; groups * width]);
+                let mut got = expected.clone();
+                let (codes, scales) = &mut expected;
+                rows8::encode_groups(Level::SCALAR, &grouping, weights, codes, scales);
+                rows8::encode_groups(level, &grouping, weights, &mut got.0, &mut got.1);
+                assert_eq!(got, expected);
+
+                let stored = grouping.scale_type();
+                let zeros: Vec<u8> = (0..groups).map(|group| (group * 3) as u8).collect();
+                let (codes, scales) = (&expected.0, &expected.1);
+                let mut expected = vec![0.0; weights.len()];
+                let mut got = expected.clone();
+                let scalar = Level::SCALAR;
+                rows8::decode_groups(scalar, size, stored, codes, scales, &zeros, &mut expected);
+                rows8::decode_groups(level, size, stored, codes, scales, &zeros, &mut got);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
 fn check_blocks<B: Block>(level: Level) {
     for input in inputs(200 * B::WEIGHTS + 1) {
         for blocks in [0, 1, 2, 3, 200] {
@@ -450,6 +495,7 @@ stamp! {
     fp4: |level| check_4bit(level, &FP4);
     int8: |level| check_int8(level);
     rows_of_bytes: |level| check_rows8(level);
+    groups_of_bytes: |level| check_groups8(level);
     q4_0: |level| check_blocks::<ggml_basic::Q4_0>(level);
     q4_1: |level| check_blocks::<ggml_basic::Q4_1>(level);
     q5_0: |level| check_blocks::<ggml_basic::Q5_0>(level);

@@ -39,6 +39,6 @@ def test_vector(case):
         for name, expected in case["components"].items():
             assert parts[name].tobytes().hex() == expected["data"], name
             assert list(parts[name].shape) == expected["shape"], name
-    decoded = wp.dequantize(parts, case["format"])
+    decoded = wp.dequantize(parts, case["format"], block_size=case["params"].get("block_size"))
     assert list(decoded.shape) == case["shape"]
     assert decoded.tobytes().hex() == case["decoded"]

@@ -20,11 +20,11 @@ def raw(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def case(note, form, dtype, weight, parts, decoded):
+def case(note, form, dtype, weight, parts, decoded, group=None):
     return {
         "note": note,
         "format": form,
-        "params": {},
+        "params": {} if group is None else {"block_size": group},
         "dtype": dtype,
         "shape": list(weight.shape),
         "source": raw(weight).hex(),
@@ -45,6 +45,47 @@ def torchao(form, weight):
     names = ("qdata", "scale", "zero_point") if form == "int8" else ("qdata", "scale")
     packed = layer.weight.detach()
     return {name: getattr(packed, name) for name in names}, packed.dequantize(torch.float32)
+
+
+def grouped(form, group, weight):
+    """torchao's integers and groups, and tensors with one scale."""
+    import torchao.quantization as ao
+
+    per_group = None if group is None else ao.PerGroup(group)
+    if form == "int8":
+        config = ao.Int8WeightOnlyConfig(granularity=per_group)
+    elif form.startswith("float8"):
+        config = ao.Float8WeightOnlyConfig(granularity=per_group or ao.PerTensor())
+    else:
+        config = ao.IntxWeightOnlyConfig(getattr(torch, form.replace("x", "")), per_group or ao.PerAxis(0))
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    ao.quantize_(layer, config)
+    packed = layer.weight.detach()
+    names = ("qdata", "scale") if form.startswith("float8") else ("qdata", "scale", "zero_point")
+    parts = {name: getattr(packed, name) for name in names}
+    # Its own decoding rounds to the type of the weights; vectors are in float32.
+    scale = parts["scale"].float()
+    scale = scale if scale.numel() == 1 else scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    return parts, parts["qdata"].float() * scale
+
+
+def grouped_cases():
+    forms = [("int8", 16), ("intx2", 16), ("intx3", None), ("intx4", 16), ("intx5", 24), ("intx6", 48), ("intx7", 8)]
+    for form, group in [*forms, ("intx8", None), ("float8", 16), ("float8_tensor", None)]:
+        for dtype, torch_dtype in TYPES.items():
+            weight = torch.from_numpy(normal(5 * 48, 2)).reshape(5, 48).to(torch_dtype)
+            weight[1, ::3] = -0.0
+            weight[2] *= 2.0**-9
+            weight[3] *= 512
+            parts = grouped(form, group, weight)
+            yield case("groups of all sizes", f"torchao:{form}", dtype, weight, *parts, group)
+    for dtype, torch_dtype in TYPES.items():
+        weight = torch.from_numpy(normal(5 * 48, 3)).reshape(5, 48).to(torch_dtype)
+        parts, _ = grouped("intx1", 16, weight)
+        parts["qdata"][weight < 0] = -1
+        decoded = parts["qdata"].float() * parts["scale"].float().repeat_interleave(16, 1)
+        yield {**case("decoded only", "torchao:intx1", dtype, weight, parts, decoded, 16), "source": None}
 
 
 def quanto(form, weight):
@@ -76,7 +117,7 @@ def main():
             "peer": package,
             "version": version(package),
             "recipe": "tests/vectors/make_rows8.py",
-            "cases": list(cases(backend, pack)),
+            "cases": [*cases(backend, pack), *(grouped_cases() if backend == "torchao" else ())],
         }
         (HERE / f"{backend}.json").write_text(json.dumps(file, indent=1) + "\n")
 

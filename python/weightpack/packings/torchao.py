@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from ..decision import Decision, Target
+from ..decision import OPTIONS, Decision, Target
+from ..entry import Part
+from ..targets import COPY
 from .table import HostConfig, backend_of, one_format, packed_of
 
 __all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
@@ -20,7 +22,6 @@ __all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_k
 METHODS = ("torchao",)
 FORMATS = ("torchao:",)
 
-_PER_ROW = {"_data": {"dim": -1}, "_type": "PerRow", "_version": 1}
 _KERNELS = {"_type": "KernelPreference", "_data": "AUTO"}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 _ARRAYS = ("_qdata", "_scale_and_zero", "_per_tensor_scale")
@@ -66,7 +67,8 @@ def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute
     section: dict[str, Any] = {
         "modules_to_not_convert": list(skip_list) or None,
         "quant_method": "torchao",
-        "quant_type": {"default": _config(packed_of(decisions)[0])},
+        # A layer whose rows are one group each does not tell whether others have more.
+        "quant_type": {"default": _config(max(packed_of(decisions), key=_has_groups))},
     }
     if host != "diffusers":
         section |= {"include_input_output_embeddings": False, "untie_embedding_weights": False}
@@ -114,9 +116,69 @@ def _computed(decision: Decision) -> dict[str, str]:
     return _dtype(_DTYPES.get(str(decision.params.get("dtype", decision.entry.dtype)), "float32"))
 
 
-def _row(decision: Decision) -> list[int]:
-    """The block of weights that share a scale, where that is a row."""
-    return [1, decision.entry.shape[-1]]
+def _scale(decision: Decision) -> Part | None:
+    """The stored scales of a weight that is copied as it is packed."""
+    if decision.format != COPY:
+        return None
+    return next((part for part in decision.entry.parts if part.name.endswith("_scale")), None)
+
+
+def _group(decision: Decision) -> int | None:
+    """Weights of a row that share a scale; `None` where all do."""
+    scale = _scale(decision)
+    if scale is None:
+        return cast("int | None", decision.params.get("block_size"))
+    columns, groups = decision.entry.shape[-1], scale.shape[-1]
+    return None if groups == 1 else columns // groups
+
+
+def _has_groups(decision: Decision) -> bool:
+    """Whether a weight of a format that can have groups is divided into some."""
+    return decision.result in OPTIONS["group_size"] and _group(decision) is not None
+
+
+def _block(decision: Decision) -> list[int]:
+    """The block of weights that share a scale, where that is a row or a part of one."""
+    return [1, _group(decision) or decision.entry.shape[-1]]
+
+
+def _granularity(kind: str, **fields: int) -> dict[str, Any]:
+    return {"_type": kind, "_version": 1, "_data": fields}
+
+
+def _in_groups(decision: Decision, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The granularity of a weight in groups, or of one whose rows are not divided."""
+    group = _group(decision)
+    return otherwise if group is None else _granularity("PerGroup", group_size=group)
+
+
+def _scale_type(decision: Decision) -> dict[str, str] | None:
+    """The type of the scales, where it is not that of the weights."""
+    scale = _scale(decision)
+    if scale is None or scale.dtype == decision.entry.dtype:
+        return None
+    return _dtype(_DTYPES.get(scale.dtype, "float32"))
+
+
+def _float8(granularity: Callable[[Decision], dict[str, Any]], block: Callable[[Decision], list[int]]) -> _Kind:
+    return _Kind(
+        config="Float8WeightOnlyConfig",
+        version=2,
+        fields=lambda d: {
+            "granularity": granularity(d),
+            "set_inductor_config": True,
+            "weight_dtype": _dtype("float8_e4m3fn"),
+        },
+        tensor="Float8Tensor",
+        attributes=lambda d: {
+            "block_size": block(d),
+            "mm_config": None,
+            "act_quant_kwargs": None,
+            "kernel_preference": _KERNELS,
+            "dtype": _computed(d),
+        },
+        arrays=("qdata", "scale"),
+    )
 
 
 def _microscaling(codes: str) -> _Kind:
@@ -141,38 +203,51 @@ def _microscaling(codes: str) -> _Kind:
     )
 
 
+def _intx(bits: int) -> _Kind:
+    return _Kind(
+        config="IntxWeightOnlyConfig",
+        version=2,
+        fields=lambda d: {
+            "weight_dtype": _dtype(f"int{bits}"),
+            "granularity": _in_groups(d, _granularity("PerAxis", axis=0)),
+            "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+            "scale_dtype": _scale_type(d),
+            "intx_packing_format": {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
+            "intx_choose_qparams_algorithm": {"_type": "IntxChooseQParamsAlgorithm", "_data": "AFFINE"},
+        },
+        tensor="IntxUnpackedToInt8Tensor",
+        attributes=lambda d: {
+            "target_dtype": _dtype(f"int{bits}"),
+            "block_size": _block(d),
+            "dtype": _computed(d),
+            "activation_quantization": None,
+        },
+        arrays=("qdata", "scale", "zero_point"),
+    )
+
+
+_PER_ROW = _granularity("PerRow", dim=-1)
 _KINDS = {
     "torchao:int8": _Kind(
         config="Int8WeightOnlyConfig",
         version=2,
-        fields=lambda _: {"granularity": _PER_ROW, "group_size": None, "set_inductor_config": True},
+        fields=lambda d: {
+            "granularity": _in_groups(d, _PER_ROW),
+            "group_size": None,
+            "set_inductor_config": True,
+        },
         tensor="Int8Tensor",
         attributes=lambda d: {
             "act_quant_kwargs": None,
             "reduce_range": False,
-            "block_size": _row(d),
+            "block_size": _block(d),
             "dtype": _computed(d),
         },
         arrays=("zero_point", "qdata", "scale"),
     ),
-    "torchao:float8": _Kind(
-        config="Float8WeightOnlyConfig",
-        version=2,
-        fields=lambda _: {
-            "granularity": _PER_ROW,
-            "set_inductor_config": True,
-            "weight_dtype": _dtype("float8_e4m3fn"),
-        },
-        tensor="Float8Tensor",
-        attributes=lambda d: {
-            "block_size": _row(d),
-            "mm_config": None,
-            "act_quant_kwargs": None,
-            "kernel_preference": _KERNELS,
-            "dtype": _computed(d),
-        },
-        arrays=("qdata", "scale"),
-    ),
+    **{f"torchao:intx{bits}": _intx(bits) for bits in range(2, 9)},
+    "torchao:float8": _float8(lambda d: _in_groups(d, _PER_ROW), _block),
+    "torchao:float8_tensor": _float8(lambda _: _granularity("PerTensor"), lambda d: list(d.entry.shape)),
     "torchao:nvfp4": _Kind(
         config="NVFP4WeightOnlyConfig",
         version=1,

@@ -13,6 +13,7 @@ use super::super::checkpoint::Stored;
 use super::{Recognised, Sources};
 use crate::dtype::Dtype;
 use crate::error::Result;
+use crate::formats::scaled::with_scales;
 use crate::formats::{self, Format, Layout, Params};
 use crate::io::Metadata;
 
@@ -24,10 +25,14 @@ type Decoder = (&'static dyn Format, Layout);
 /// The classes that have a format.
 const CLASSES: &[(&str, Class)] = &[
     ("Int8Tensor", int8),
+    ("IntxUnpackedToInt8Tensor", intx),
     ("Float8Tensor", float8),
     ("NVFP4Tensor", nvfp4),
     ("MXTensor", mx),
 ];
+
+/// Where the section of a model's config says what shares a scale.
+const GRANULARITY: &str = "/quant_type/default/_data/granularity/_type";
 
 /// One weight of the metadata.
 #[derive(Deserialize)]
@@ -45,6 +50,11 @@ struct Weight<'w> {
     attributes: &'w Map<String, Value>,
     /// The array of codes.
     data: &'w Stored,
+    /// The array of scales, where it is called so.
+    scale: Option<&'w Stored>,
+    zero_point: Option<&'w Stored>,
+    /// Whether the model's config says that tensors have one scale each.
+    is_by_tensor: bool,
 }
 
 /// Every torchao tensor of a class that has a format.
@@ -74,12 +84,21 @@ fn packed(sources: &Sources<'_>, name: &str, described: &Described) -> Result<Op
     };
     let (module, leaf) = name.rsplit_once('.').unwrap_or(("", name));
     let dot = if module.is_empty() { "" } else { "." };
-    let Some(data) = sources.get(&format!("{module}{dot}_{leaf}_qdata")) else {
+    let array = |suffix: &str| sources.get(&format!("{module}{dot}_{leaf}_{suffix}"));
+    let Some(data) = array("qdata") else {
         return Ok(None);
     };
     let weight = Weight {
         attributes: &described.attributes,
         data,
+        scale: array("scale"),
+        zero_point: array("zero_point"),
+        is_by_tensor: sources
+            .hints
+            .quantization
+            .as_ref()
+            .and_then(|section| section.pointer(GRANULARITY))
+            .is_some_and(|name| name == "PerTensor"),
     };
     let Some((format, layout)) = class(&weight)? else {
         return Ok(None);
@@ -149,22 +168,25 @@ impl Weight<'_> {
         Ok(decoder(format, &[rows, columns], &params).unwrap_or(None))
     }
 
-    /// One code of type `codes` per weight, and one scale per row.
-    fn rows(&self, format: &str, codes: Dtype) -> Result<Option<Decoder>> {
-        let shape = &self.data.entry.shape;
-        let (Some(dtype), Some([1, columns]), &[_, found]) =
-            (self.dtype("dtype"), self.block(), shape.as_slice())
-        else {
+    /// One code of type `codes` per weight, and one scale per group of weights of a row.
+    fn groups(&self, format: &str, codes: Dtype) -> Result<Option<Decoder>> {
+        let (Some(dtype), Some([1, size])) = (self.dtype("dtype"), self.block()) else {
             return Ok(None);
         };
-        if found != columns || self.data.entry.dtype != codes {
-            return Ok(None);
-        }
         let params = Params {
             dtype,
+            block_size: Some(size),
             ..Params::default()
         };
-        decoder(format, shape, &params)
+        self.codes(format, codes, &params)
+    }
+
+    /// One code of type `codes` per weight.
+    fn codes(&self, format: &str, codes: Dtype, params: &Params) -> Result<Option<Decoder>> {
+        match self.data.entry.dtype == codes && self.data.entry.shape.len() == 2 {
+            true => decoder(format, &self.data.entry.shape, params),
+            false => Ok(None),
+        }
     }
 }
 
@@ -179,14 +201,52 @@ fn int8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
     if is_reduced || !weight.has_none_of(&["act_quant_kwargs"]) {
         return Ok(None);
     }
-    weight.rows("torchao:int8", Dtype::I8)
+    weight.groups("torchao:int8", Dtype::I8)
+}
+
+fn intx(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    let bits = weight
+        .member("target_dtype")
+        .and_then(|name| name.strip_prefix("int"));
+    let (Some(bits @ ("1" | "2" | "3" | "4" | "5" | "6" | "7" | "8")), Some(scale)) =
+        (bits, weight.scale)
+    else {
+        return Ok(None);
+    };
+    let has_whole_zeros = weight
+        .zero_point
+        .is_some_and(|zeros| zeros.entry.dtype == Dtype::I8);
+    let has_floats = matches!(scale.entry.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    if !has_whole_zeros || !has_floats || !weight.has_none_of(&["activation_quantization"]) {
+        return Ok(None);
+    }
+    let Some((format, layout)) = weight.groups(&format!("torchao:intx{bits}"), Dtype::I8)? else {
+        return Ok(None);
+    };
+    let (dtype, shape) = (scale.entry.dtype, scale.entry.shape.as_slice());
+    Ok(Some((format, with_scales(layout, dtype, shape)?)))
 }
 
 fn float8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
     if !weight.has_none_of(&["act_quant_kwargs", "mm_config"]) {
         return Ok(None);
     }
-    weight.rows("torchao:float8", Dtype::F8_E4M3)
+    let is_whole = match weight.block() {
+        // One row has one scale either way.
+        Some([1, _]) => weight.is_by_tensor,
+        Some(block) => weight.data.entry.shape == block,
+        None => false,
+    };
+    match (is_whole, weight.dtype("dtype")) {
+        (true, Some(dtype)) => {
+            let params = Params {
+                dtype,
+                ..Params::default()
+            };
+            weight.codes("torchao:float8_tensor", Dtype::F8_E4M3, &params)
+        }
+        _ => weight.groups("torchao:float8", Dtype::F8_E4M3),
+    }
 }
 
 fn nvfp4(weight: &Weight<'_>) -> Result<Option<Decoder>> {
