@@ -185,6 +185,38 @@ def test_slabs_change_nothing(tmp_path, monkeypatch, kind):
         assert torch.equal(one, other)
 
 
+def test_the_engine_packs_nvfp4_as_modelopt_does(tmp_path, monkeypatch):
+    """Ties, powers, spreads, huge ones and rows of zeros; also where the file has another type."""
+    from tests.oracles.test_modelopt import adversarial
+    from weightpack.quantizers import modelopt, modelopt_layers
+
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(256, 128, bias=False) for _ in range(10))
+
+    asked = []
+    whole = modelopt_layers.of_engine
+    monkeypatch.setattr(modelopt_layers, "of_engine", lambda *rest: asked.append(1) or whole(*rest))
+    for dtype in (torch.bfloat16, torch.float16):
+        cases = [weight for _, weight in adversarial(dtype)]
+        cases += [torch.zeros(128, 256), torch.randn(128, 256, generator=torch.Generator().manual_seed(1))]
+        state = {f"layers.{number}.weight": weight for number, weight in enumerate(cases)}
+        folder = save(tmp_path / str(dtype), state)
+        made = [load(folder, wp.NVIDIAModelOptConfig("NVFP4"), kind=Layers, torch_dtype=dtype)]
+        assert len(asked) == 10
+        with monkeypatch.context() as patch:
+            patch.setattr(modelopt.NVIDIAModelOptQuantizer, "packing", lambda *_: None)
+            made.append(load(folder, wp.NVIDIAModelOptConfig("NVFP4"), kind=Layers, torch_dtype=dtype))
+        assert len(asked) == 10
+        asked.clear()
+        found, expected = (model.state_dict() for model in made)
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+            assert torch.equal(raw(found[key]), raw(value)), key
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zeros", ["all", "rows"])

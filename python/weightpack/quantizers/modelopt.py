@@ -10,7 +10,8 @@
 
 Each layer that the skip list leaves becomes ModelOpt's own, on its own: nothing else of the model is
 touched. Weights are packed one by one by ModelOpt's classes, a few million numbers at a time, as they
-come from the file; the result holds the bytes of `mtq.quantize` and `mtq.compress`. A checkpoint so
+come from the file, NVFP4 ones of 16 bits by the engine; the result holds the bytes of `mtq.quantize` and
+`mtq.compress`. A checkpoint so
 saved is read back from its `config.json`: no `modelopt_state.pth` is needed, and none is unpickled. The
 largest magnitude of each block, which ModelOpt keeps besides its scale, is left out.
 
@@ -36,9 +37,9 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import BackendError, ConfigError
-from .base import Exported, Quantizer, Requirement
+from .base import Exported, Packing, Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of, one_of
-from .dtypes import torch_dtype
+from .dtypes import stored_name, torch_dtype
 from .modelopt_entries import default_entries, normalised, own_entries, refuse_bare_codes
 
 WEIGHTS = ("FP8", "INT8", "INT4", "NF4", "NVFP4")
@@ -288,11 +289,26 @@ class NVIDIAModelOptQuantizer(Quantizer):
                 return f"{path}.weight", f"{quantizer}.{buffer}"
         return None
 
+    def packing(self, model: Any, name: str) -> Packing | None:
+        """NVFP4 of 16-bit weights by the engine, which makes the bytes of ModelOpt's layers and of its export
+        alike. Scales of the other types differ there: layers keep them in the type of the weight, with the
+        largest magnitude, which does not follow from them; INT4 has its codes in another order."""
+        plan = self._plans[name.rpartition(".")[0]]
+        if self.pre_quantized or not plan.is_packed_by_engine:
+            return None
+        through = None if self.torch_dtype is None else stored_name(self.torch_dtype)
+        # Of a 32-bit weight, too, the largest magnitude does not follow from the scale.
+        return Packing("modelopt:nvfp4", through=through) if through in ("BF16", "F16") else None
+
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         from . import modelopt_layers
 
         path = name.rpartition(".")[0]
         layer, plan = model.get_submodule(path), self._plans[path]
+        if isinstance(value, Mapping) and not self.pre_quantized:
+            packed, scales = modelopt_layers.of_engine(plan, value, self.torch_dtype)
+            modelopt_layers.install(layer, packed, scales, device=device)
+            return
         if not isinstance(value, Mapping):
             weight = value if dtype is None else value.to(dtype)
             packed, scales = modelopt_layers.pack(layer, plan, weight, name=name)

@@ -149,6 +149,11 @@ class Plan:
         raise ConfigError(f"modelopt_config: num_bits {bits} with block_sizes {sizes} is none of the packed forms")
 
     @property
+    def is_packed_by_engine(self) -> bool:
+        """Whether format `modelopt:nvfp4` of the engine has the codes and scales of this layer."""
+        return self.kind == "nvfp4" and self.blocks == {-1: 16} and len(self.shape) == 2
+
+    @property
     def fits(self) -> bool:
         """Whether the weight's shape is one that ModelOpt can pack and unpack in this form."""
         if self.kind == "nf4" or not self.blocks:
@@ -207,6 +212,18 @@ def pack(layer: Any, plan: Plan, weight: Any, *, name: str) -> tuple[Any, dict[s
         # ModelOpt also keeps the largest of each block, as float32; nothing reads it once scales are there.
         scales = {"_amax": amax, **scales}
     return _CLASSES[plan.kind](weight.shape, weight.dtype, packed._quantized_data), scales
+
+
+def of_engine(plan: Plan, parts: Mapping[str, Any], dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """As `pack`, of a weight of `dtype`, 16 bits wide, that the engine has packed."""
+    second = parts["weight_scale_2"]
+    # What the scale was divided from is a number of `dtype`, so that rounding finds it.
+    scales = {
+        "_amax": (second * (6.0 * 448.0)).to(dtype),
+        "_scale": parts["weight_scale"],
+        "_double_scale": second,
+    }
+    return _CLASSES[plan.kind](torch.Size(plan.shape), dtype, parts[""]), scales
 
 
 class _Packer:
