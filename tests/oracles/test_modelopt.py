@@ -377,6 +377,43 @@ def test_a_converted_model_loads_and_runs(llama, converted, name):
     assert (found - expected).norm() < 4 * ERRORS[name] * expected.norm()
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "modelopt:int4"])
+def test_what_was_converted_runs_in_modelopts_own_layers(llama, converted, name):
+    """ModelOpt 0.47 reads its own layers back, and no unified export, of which engines are the readers: the
+    arrays are put into the model that it compressed, whose own weights were zeros. INT4 codes lie in another
+    order there."""
+    mtq = find_peer("modelopt.torch.quantization")
+    model = copy.deepcopy(llama[1])
+    config = copy.deepcopy(getattr(mtq, PRESETS[name]))
+    config["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for path, layer in model.named_modules():
+            if "_proj" in path:
+                layer.weight.zero_()
+        mtq.quantize(model, config, forward_loop=None)
+        mtq.compress(model)
+        state = model.state_dict()
+        arrays = {}
+        for key, value in stored(converted(name)).items():
+            module, _, leaf = key.rpartition(".")
+            if leaf.startswith("weight_scale"):
+                buffer = {"weight_scale": "_scale", "weight_scale_2": "_double_scale"}[leaf]
+                module = f"{module}.weight_quantizer"
+                # In the type of the weights there, in float32 here.
+                model.get_submodule(module)._buffers[buffer] = state[f"{module}.{buffer}"].to(value.dtype)
+                key, value = f"{module}.{buffer}", value.reshape(state[f"{module}.{buffer}"].shape)
+            arrays[key] = value
+        outcome = model.load_state_dict(arrays, strict=False)
+        assert not outcome.unexpected_keys
+        assert {key.rpartition(".")[2] for key in outcome.missing_keys} <= {"_amax"}
+        found, expected = model(TOKENS).logits, llama[1](TOKENS).logits
+        ours = wp.from_pretrained(type(llama[1]), converted(name))(TOKENS).logits
+    assert (found - expected).norm() < 4 * ERRORS[name] * expected.norm()
+    # Scales that were rounded once more, in products of 16-bit numbers.
+    assert (found - ours).norm() < 0.03 * expected.norm()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_exports_are_decoded(exports, tmp_path, name):
     folder = exports(name)
