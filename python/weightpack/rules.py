@@ -24,7 +24,7 @@ from .entry import FLOATS, Entry
 from .errors import ConfigError, UnsupportedError
 from .layers import LINEAR, Layers, classify
 from .overrides import Overrides, Rule
-from .packings.table import backend_of, lists_matrices, packing
+from .packings.table import backend_of, engine_packing, packing
 from .skip_list import is_skipped
 from .targets import CASTS, COPY
 
@@ -104,6 +104,9 @@ def _linear(entry: Entry, target: Target, layers: Layers) -> Decision:
         layer = classify(entry, "")
     if layer.kind != LINEAR or len(entry.shape) != 2:
         return keep(entry, target, layer.why if layer.kind != LINEAR else "not two-dimensional")
+    how = engine_packing(target.format.backend)
+    if how is not None and any(how.leaves(path) for path in (layer.module, entry.name.rpartition(".")[0])):
+        return keep(entry, target, f"{target.format.backend} leaves such layers as they are")
     return pack(entry, target, target.format.name, layer.why)
 
 
@@ -185,7 +188,7 @@ def _agree_with_host(
         return decisions, [], []
     modules = {d.entry.name: _module(d.entry, layers) for d in decisions}
     kept = set(layers.linears)
-    if lists_matrices(backend):
+    if engine_packing(backend) is not None:
         # Layers without a tensor of their own are those that are tied.
         kept -= set(modules.values())
         modules = {d.entry.name: d.entry.name.rpartition(".")[0] for d in decisions}

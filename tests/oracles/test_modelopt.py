@@ -245,22 +245,19 @@ def converted(llama, tmp_path_factory):
     return convert
 
 
-def stored(folder):
-    """Names, types and shapes of a folder's arrays, and their bytes."""
-    header, *_ = (folder / "model.safetensors").read_bytes().split(b"}}", 1)
-    tensors = find_peer("safetensors.torch").load_file(folder / "model.safetensors")
-    assert header
-    return tensors
+def stored(folder, stem="model"):
+    """The arrays of a folder by name."""
+    return find_peer("safetensors.torch").load_file(folder / f"{stem}.safetensors")
 
 
-def quantize_and_export(model, name, folder):
-    """ModelOpt's own way from a model to a folder."""
+def quantize_and_export(model, name, folder, run=lambda model: model(TOKENS)):
+    """ModelOpt's own way from a model to a folder; `run` runs it once."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         import modelopt.torch.export as mte
         import modelopt.torch.quantization as mtq
 
-        mtq.quantize(model, copy.deepcopy(getattr(mtq, PRESETS[name])), forward_loop=lambda one: one(TOKENS))
+        mtq.quantize(model, copy.deepcopy(getattr(mtq, PRESETS[name])), forward_loop=run)
         mte.export_hf_checkpoint(model, export_dir=folder)
 
 
@@ -347,6 +344,39 @@ def test_skip_lists_are_shortened_as_by_modelopt():
         packed = set(chance.sample(sorted(paths), chance.randint(1, len(paths) - 1)))
         kept = sorted(paths - packed)
         assert shortened(kept, packed) == sorted(summarize(kept, packed))
+
+
+def test_the_layers_left_alone_are_those_of_modelopts_presets():
+    from weightpack.packings.modelopt import _LEFT
+    from weightpack.quantizers.modelopt_entries import default_entries
+
+    find_peer("modelopt")
+    assert set(_LEFT) == {entry["quantizer_name"] for entry in default_entries() if not entry.get("parent_class")}
+
+
+@pytest.mark.parametrize("kind", ["flux", "unet"])
+def test_models_of_diffusers_are_those_of_modelopt(tmp_path, kind):
+    """Where the two have attention of their own and to another sequence, and gates that are not joined."""
+    from tests.integrations import test_modelopt_models as models
+
+    torch.manual_seed(0)
+    model, run = getattr(models, kind)()
+    model = model.bfloat16().eval()
+    model.save_pretrained(tmp_path / "model")
+    quantize_and_export(model, "modelopt:nvfp4", tmp_path / "theirs", run)
+    wp.convert(tmp_path / "model", tmp_path / "ours", "modelopt:nvfp4")
+    found, expected = (stored(place, "diffusion_pytorch_model") for place in (tmp_path / "ours", tmp_path / "theirs"))
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+        assert torch.equal(raw(found[key]), raw(value)), key
+    ours, theirs = (
+        json.loads((place / "config.json").read_text())["quantization_config"]
+        for place in (tmp_path / "ours", tmp_path / "theirs")
+    )
+    # Convolutions are not packed either, though ModelOpt counts them as such.
+    assert set(theirs.pop("ignore")) <= set(ours.pop("ignore"))
+    assert ours == theirs
 
 
 def test_only_some_layers_of_a_product_are_packed(llama, converted, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..decision import Decision, Target
@@ -18,6 +19,7 @@ __all__ = [
     "METHODS",
     "describes",
     "host_config",
+    "leaves",
     "leftovers",
     "one_kind",
     "settle",
@@ -52,6 +54,14 @@ _ATTENTION = (
 _GATED = (("gate_proj", "up_proj"), ("w1", "w3"))
 _CROSS_ATTENTION = frozenset({"attn2", "cross_attn", "crossattention", "encoder_attn"})
 """Attention whose keys and values are of another sequence than its queries."""
+_LEFT = (
+    "*block_sparse_moe.gate*", "*mlp.gate.*", "*mlp.shared_expert_gate.*", "*router*",
+    "*linear_attn.conv1d*", "*self_attention.conv1d*", "*mixer.conv1d*",
+    "*linear_attn.in_proj_a*", "*linear_attn.in_proj_b*",
+    "*lm_head*", "*output_layer*", "output.*", "*proj_out.*", "mtp.*",
+    "*embed_vision*", "*vision_tower*", "*visual*", "*vision_model*", "*multi_modal_projector*",
+)  # fmt: skip
+"""Layers that every preset of ModelOpt 0.47 leaves as they are (`_default_disabled_quantizer_cfg`)."""
 _WITH_ACTIVATIONS = {"modelopt:int8": "W8A8_SQ_PER_CHANNEL", "modelopt:nvfp4": "NVFP4"}
 
 
@@ -72,6 +82,15 @@ def settle(
     or `a.b.*` where none is below it. Readers take the entries for whole paths with wildcards, so that none
     hits another layer."""
     return shortened(kept, packed), {}
+
+
+def leaves(path: str) -> bool:
+    """Output layers, routers, what reads images and the like: as ModelOpt's presets.
+
+    >>> leaves("model.visual.blocks.0.attn.qkv"), leaves("model.layers.0.self_attn.q_proj")
+    (True, False)
+    """
+    return any(fnmatchcase(f"{path}.weight_quantizer", pattern) for pattern in _LEFT)
 
 
 def shortened(kept: Iterable[str], packed: Iterable[str]) -> list[str]:

@@ -20,22 +20,21 @@ class Row:
     """One packing: its name, which is also that of its module here (with `_` for `-`), and whether it is
     written. One that is no target is decoded only; its module is a `Source`.
 
-    `lists_matrices`: its skip list names every module with a matrix that is not packed (embeddings,
-    convolutions, routers), as the file calls it; others name linear layers alone, as the host's model
-    calls them. `shares_scales`: some weights get one scale together; its module is a `Sharing`.
+    `is_for_engines`: inference engines read it, and not the host's model. Its skip list names every module
+    with a matrix that is not packed (embeddings, convolutions, routers), as the file calls it, where others
+    name linear layers alone, as the host's model calls them; its module is an `EnginePacking`.
     """
 
     name: str
     is_target: bool = True
-    lists_matrices: bool = False
-    shares_scales: bool = False
+    is_for_engines: bool = False
 
 
 TABLE = (
     Row("bitsandbytes"),
     Row("torchao"),
     Row("quanto"),
-    Row("modelopt", lists_matrices=True, shares_scales=True),
+    Row("modelopt", is_for_engines=True),
     Row("fp8"),
     Row("gptq", is_target=False),
     Row("awq", is_target=False),
@@ -99,8 +98,11 @@ class Packing(Source, Protocol):
         `host` is as in `settle`."""
 
 
-class Sharing(Packing, Protocol):
-    """The module of a target with scales that several weights share."""
+class EnginePacking(Packing, Protocol):
+    """The module of a target that inference engines read."""
+
+    def leaves(self, path: str) -> bool:
+        """Whether the layer at `path` stays as it is unless it is asked for by name."""
 
     def shared_scales(self, names: Iterable[str], format_name: str, host: str | None) -> dict[str, str]:
         """Which of the weights called `names`, all that are encoded as `format_name`, get one scale together:
@@ -160,9 +162,10 @@ def decoded(decisions: list[Decision], target: Target, chosen: Callable[[Decisio
     ]
 
 
-def lists_matrices(backend: str) -> bool:
-    """What `Row.lists_matrices` says of a backend of `TARGETS`."""
-    return any(row.lists_matrices for row in TABLE if row.name == backend)
+def engine_packing(backend: str | None) -> EnginePacking | None:
+    """The module of a backend that inference engines read, `None` for all others."""
+    is_one = any(row.is_for_engines for row in TABLE if row.name == backend)
+    return cast(EnginePacking, _module(str(backend))) if is_one else None
 
 
 def shared_scales(decisions: Iterable[Decision], host: str | None) -> dict[str, str]:
@@ -170,11 +173,11 @@ def shared_scales(decisions: Iterable[Decision], host: str | None) -> dict[str, 
     encoded: dict[str, list[str]] = {}
     for decision in decisions:
         encoded.setdefault(decision.format, []).append(decision.entry.name)
-    sharing = {row.name for row in TABLE if row.shares_scales}
     shared: dict[str, str] = {}
     for name, weights in encoded.items():
-        if backend_of(name) in sharing:
-            shared |= cast(Sharing, _module(name.partition(":")[0])).shared_scales(weights, name, host)
+        how = engine_packing(backend_of(name))
+        if how is not None:
+            shared |= how.shared_scales(weights, name, host)
     return shared
 
 
