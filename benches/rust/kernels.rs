@@ -10,8 +10,9 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Throughput};
 use weightpack::codebook::{Codebook, FP4, NF4};
+use weightpack::dtype::Dtype;
 use weightpack::float;
-use weightpack::formats::{bnb4, bnb8, ggml_basic, ggml_iq, ggml_k, Block};
+use weightpack::formats::{bnb4, bnb8, e2m1, ggml_basic, ggml_iq, ggml_k, rows8, Block};
 use weightpack::kernels::{self, Level};
 
 const WEIGHTS: usize = 4096;
@@ -150,6 +151,58 @@ fn bnb_int8(criterion: &mut Criterion) {
     });
 }
 
+/// Rows of one byte per weight (torchao, quanto, FP8), and 4-bit floats in blocks (NVFP4, MXFP4).
+fn small_floats(criterion: &mut Criterion) {
+    let x = weights();
+    rows(criterion, "largest", 0f32, |level, out| {
+        *out = rows8::largest(level, &x);
+    });
+    let quotient = rows8::Scaling::Quotient(Dtype::BF16);
+    for (name, kind, scaling) in [
+        ("int8_product", rows8::Codes::Int8, rows8::Scaling::Product),
+        ("int8_quotient", rows8::Codes::Int8, quotient),
+        ("e4m3_quotient", rows8::Codes::E4m3, quotient),
+    ] {
+        let mut codes = vec![0u8; WEIGHTS];
+        let title = format!("{name}_encode");
+        rows(criterion, &title, codes.clone(), |level, out| {
+            rows8::encode(level, kind, scaling, 0.01, &x, out);
+        });
+        rows8::encode(kernels::level(), kind, scaling, 0.01, &x, &mut codes);
+        let title = format!("{name}_decode");
+        rows(criterion, &title, vec![0f32; WEIGHTS], |level, out| {
+            rows8::decode(level, kind, 0, 0.01, &codes, out);
+        });
+    }
+    let mut packed = vec![0u8; WEIGHTS / 2];
+    for (name, block, rounding) in [
+        ("nvfp4", 16, e2m1::Rounding::EvenUnsignedZero),
+        ("mxfp4", 32, e2m1::Rounding::Down),
+    ] {
+        let title = format!("e2m1_{name}_encode");
+        rows(criterion, &title, packed.clone(), |level, out| {
+            for (x, out) in x.chunks_exact(block).zip(out.chunks_exact_mut(block / 2)) {
+                let scaling = match block {
+                    16 => e2m1::Scaling::Quotient(rows8::largest(level, x) / 6.0),
+                    _ => e2m1::Scaling::Product(64.0),
+                };
+                e2m1::encode(level, rounding, scaling, x, out);
+            }
+        });
+        let scaling = e2m1::Scaling::Product(64.0);
+        e2m1::encode(kernels::level(), rounding, scaling, &x, &mut packed);
+        let title = format!("e2m1_{name}_decode");
+        rows(criterion, &title, vec![0f32; WEIGHTS], |level, out| {
+            for (packed, out) in packed
+                .chunks_exact(block / 2)
+                .zip(out.chunks_exact_mut(block))
+            {
+                e2m1::decode(level, block == 32, 0.01, packed, out);
+            }
+        });
+    }
+}
+
 fn ggml_block<B: Block>(criterion: &mut Criterion) {
     let x = weights();
     let name = B::DTYPE.name().to_lowercase();
@@ -245,5 +298,14 @@ fn pipeline(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, casts, scans, bnb_4bit, bnb_int8, ggml, pipeline);
+criterion_group!(
+    benches,
+    casts,
+    scans,
+    bnb_4bit,
+    bnb_int8,
+    small_floats,
+    ggml,
+    pipeline
+);
 criterion_main!(benches);

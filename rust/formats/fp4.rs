@@ -36,7 +36,8 @@
 //! v; gate and up) one g, made of the largest magnitude of them all; a conversion names such layers
 //! (`shared_scale` of its request), and a weight encoded by itself has its own.
 
-use super::rows8::largest_body;
+use super::e2m1::{self, Rounding, Scaling};
+use super::rows8;
 use super::scaled::{join_magnitudes, most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
@@ -45,17 +46,8 @@ use crate::codebook::ceil_log2;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::kernels::{self, Level};
 use crate::shape;
-
-/// The largest value of a code.
-pub(super) const MOST: f32 = 6.0;
-/// Values of codes, plain and with the sign of minus zero.
-const VALUES: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
-pub(super) const SIGNED_VALUES: [f32; 16] = [
-    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
-];
 
 /// Blocks of 16 with E4M3 scales.
 pub struct NvFp4 {
@@ -65,7 +57,8 @@ pub struct NvFp4 {
     tensor_scale: &'static str,
     /// Whether the scale of the tensor is stored as what the others are divided by.
     divides: bool,
-    values: &'static [f32; 16],
+    /// Whether a code of -0 is decoded as that.
+    keeps_sign: bool,
 }
 /// Blocks of 32 with powers of two.
 pub struct MxFp4 {
@@ -78,7 +71,7 @@ pub static NVFP4: NvFp4 = NvFp4 {
     codes: "",
     tensor_scale: "weight_scale_2",
     divides: false,
-    values: &VALUES,
+    keeps_sign: false,
 };
 pub static MXFP4: MxFp4 = MxFp4 {
     info: &info("modelopt:mxfp4", 4.25),
@@ -89,7 +82,7 @@ pub static COMPRESSED_NVFP4: NvFp4 = NvFp4 {
     codes: "weight_packed",
     tensor_scale: "weight_global_scale",
     divides: true,
-    values: &SIGNED_VALUES,
+    keeps_sign: true,
 };
 pub static COMPRESSED_MXFP4: MxFp4 = MxFp4 {
     info: &compressed("compressed-tensors:mxfp4", 4.25),
@@ -208,7 +201,7 @@ impl Format for NvFp4 {
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
-        let scale = most_measured(statistics) / (MOST * E4M3_MOST);
+        let scale = most_measured(statistics) / (e2m1::MOST * E4M3_MOST);
         layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
         Ok(())
     }
@@ -234,10 +227,10 @@ impl Format for NvFp4 {
         self.check_encodes(&layout.params)?;
         let tensor_scale = layout.params.tensor_scale;
         let [codes, scales, ..] = parts;
-        let blocks = weights.as_chunks().0.iter();
-        for ((weights, codes), scale) in blocks.zip(codes.as_chunks_mut().0).zip(scales.iter_mut())
-        {
-            *scale = encode_nvfp4(tensor_scale, weights, codes);
+        let level = kernels::level();
+        let blocks = weights.chunks_exact(16).zip(codes.chunks_exact_mut(8));
+        for ((weights, codes), scale) in blocks.zip(scales.iter_mut()) {
+            *scale = encode_nvfp4(level, tensor_scale, weights, codes);
         }
         Ok(())
     }
@@ -250,6 +243,7 @@ impl Format for NvFp4 {
         weights: &mut [f32],
     ) -> Result<()> {
         let [codes, scales, ..] = parts;
+        let level = kernels::level();
         let block = if layout.params.block_size == Some(32) {
             32
         } else {
@@ -263,7 +257,7 @@ impl Format for NvFp4 {
                 false => of_e4m3(scale) * layout.params.tensor_scale,
                 true => of_e4m3(scale) / layout.params.tensor_scale,
             };
-            decode_codes(self.values, scale, codes, weights);
+            e2m1::decode(level, self.keeps_sign, scale, codes, weights);
         }
         Ok(())
     }
@@ -304,10 +298,10 @@ impl Format for MxFp4 {
     ) -> Result<()> {
         self.check_encodes(&layout.params)?;
         let [codes, scales, ..] = parts;
-        let blocks = weights.as_chunks().0.iter();
-        for ((weights, codes), scale) in blocks.zip(codes.as_chunks_mut().0).zip(scales.iter_mut())
-        {
-            *scale = encode_mxfp4(weights, codes);
+        let level = kernels::level();
+        let blocks = weights.chunks_exact(32).zip(codes.chunks_exact_mut(16));
+        for ((weights, codes), scale) in blocks.zip(scales.iter_mut()) {
+            *scale = encode_mxfp4(level, weights, codes);
         }
         Ok(())
     }
@@ -320,85 +314,38 @@ impl Format for MxFp4 {
         weights: &mut [f32],
     ) -> Result<()> {
         let [codes, scales, ..] = parts;
+        let level = kernels::level();
         let blocks = weights.chunks_exact_mut(32).zip(codes.chunks_exact(16));
         for ((weights, codes), &scale) in blocks.zip(*scales) {
-            decode_codes(&SIGNED_VALUES, of_e8m0(scale), codes, weights);
+            e2m1::decode(level, true, of_e8m0(scale), codes, weights);
         }
         Ok(())
     }
 }
 
 /// Codes of a block; gives its scale.
-#[inline(always)]
-fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], packed: &mut [u8; 8]) -> u8 {
-    let quotient = largest_body(weights) / (MOST * tensor_scale);
+fn encode_nvfp4(level: Level, tensor_scale: f32, weights: &[f32], packed: &mut [u8]) -> u8 {
+    let quotient = rows8::largest(level, weights) / (e2m1::MOST * tensor_scale);
     let quotient = if quotient == 0.0 { 1.0 } else { quotient };
     let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
     let by = of_e4m3(scale) * tensor_scale;
     // What is too small for a scale becomes zero.
     let by = if by > 0.0 { by } else { f32::INFINITY };
-    let mut codes = [0u8; 16];
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        let x = weight / by;
-        *code = nearest_even(x.abs()) | u8::from(x < 0.0) << 3;
-    }
-    pack(&codes, packed);
+    let (rounding, scaling) = (Rounding::EvenUnsignedZero, Scaling::Quotient(by));
+    e2m1::encode(level, rounding, scaling, weights, packed);
     scale
 }
 
 /// Codes of a block; gives its scale.
-#[inline(always)]
-fn encode_mxfp4(weights: &[f32; 32], packed: &mut [u8; 16]) -> u8 {
-    let quotient = largest_body(weights) / MOST;
+fn encode_mxfp4(level: Level, weights: &[f32], packed: &mut [u8]) -> u8 {
+    let quotient = rows8::largest(level, weights) / e2m1::MOST;
     let exponent = match quotient > 0.0 {
         true => ceil_log2(quotient).max(-127),
         false => -127,
     };
     // 2^-exponent, which is a normal number: the quotient is less than 2^126.
     let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
-    let mut codes = [0u8; 32];
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        let x = weight * factor;
-        let size = x.abs();
-        let above = |bound: f32| u8::from(size > bound);
-        let magnitude = above(0.25)
-            + above(0.75)
-            + above(1.25)
-            + above(1.75)
-            + above(2.5)
-            + above(3.5)
-            + above(5.0);
-        *code = magnitude | u8::from(x <= 0.0) << 3;
-    }
-    pack(&codes, packed);
+    let scaling = Scaling::Product(factor);
+    e2m1::encode(level, Rounding::Down, scaling, weights, packed);
     (exponent + 127) as u8
-}
-
-/// The magnitude nearest to `size`, ties to the even one, as bits 0-2 of a code.
-#[inline(always)]
-pub(super) fn nearest_even(size: f32) -> u8 {
-    let above = |bound: f32| u8::from(size > bound);
-    let at_least = |bound: f32| u8::from(size >= bound);
-    above(0.25)
-        + at_least(0.75)
-        + above(1.25)
-        + at_least(1.75)
-        + above(2.5)
-        + at_least(3.5)
-        + above(5.0)
-}
-
-/// Two codes to a byte, the first in the low half.
-#[inline(always)]
-pub(super) fn pack(codes: &[u8], packed: &mut [u8]) {
-    for (byte, pair) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
-        *byte = pair[0] | pair[1] << 4;
-    }
-}
-
-pub(super) fn decode_codes(values: &[f32; 16], scale: f32, codes: &[u8], weights: &mut [f32]) {
-    for (pair, &byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
-        pair[0] = values[usize::from(byte & 15)] * scale;
-        pair[1] = values[usize::from(byte >> 4)] * scale;
-    }
 }

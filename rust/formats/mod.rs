@@ -19,6 +19,8 @@ mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
 #[doc(hidden)]
+pub mod e2m1;
+#[doc(hidden)]
 pub mod experts;
 #[doc(hidden)]
 pub mod fp4;

@@ -40,8 +40,8 @@
 //! Peer: torchao 0.18.0 on CPU (`NVFP4WeightOnlyConfig`; `MXDynamicActivationMXWeightConfig`, whose scales
 //! are those of `ScaleCalculationMode.RCEIL`).
 
-use super::fp4::{decode_codes, nearest_even, pack, MOST as E2M1_MOST, SIGNED_VALUES};
-use super::rows8::largest_body;
+use super::e2m1::{self, Rounding, Scaling};
+use super::rows8::{self, Codes};
 use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
@@ -103,6 +103,15 @@ impl Kind {
         match self {
             Kind::NvFp4 => 16,
             Kind::MxFp8 | Kind::MxFp4 => 32,
+        }
+    }
+
+    /// Weights and bytes of a block.
+    fn sizes(self) -> (usize, usize) {
+        match self {
+            Kind::NvFp4 => (16, 8),
+            Kind::MxFp8 => (32, 32),
+            Kind::MxFp4 => (32, 16),
         }
     }
 
@@ -200,7 +209,7 @@ impl Format for Swizzled {
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
-        let scale = most_measured(statistics) / (E2M1_MOST * E4M3_MOST);
+        let scale = most_measured(statistics) / (e2m1::MOST * E4M3_MOST);
         layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
         Ok(())
     }
@@ -242,6 +251,7 @@ impl Format for Swizzled {
     ) -> Result<()> {
         let tensor_scale = layout.params.tensor_scale;
         let sizes = Sizes::of(self.kind, layout)?;
+        let level = kernels::level();
         let [codes, scales, ..] = parts;
         let runs = weights
             .chunks_mut(sizes.run_weights)
@@ -252,15 +262,7 @@ impl Format for Swizzled {
                 .chunks_exact_mut(sizes.row_weights)
                 .zip(codes.chunks_exact(sizes.row_codes));
             for (row, (weights, codes)) in rows.enumerate() {
-                match self.kind {
-                    Kind::NvFp4 => get_row::<16, 8>(row, codes, scales, weights, |scale, c, w| {
-                        decode_codes(&SIGNED_VALUES, of_e4m3(scale) * tensor_scale, c, w);
-                    }),
-                    Kind::MxFp8 => get_row(row, codes, scales, weights, decode_mxfp8),
-                    Kind::MxFp4 => get_row::<32, 16>(row, codes, scales, weights, |scale, c, w| {
-                        decode_codes(&SIGNED_VALUES, of_e8m0(scale), c, w);
-                    }),
-                }
+                decode_row(level, self.kind, tensor_scale, row, codes, scales, weights);
             }
         }
         Ok(())
@@ -320,100 +322,74 @@ pub fn encode_row(
     codes: &mut [u8],
     scales: &mut [u8],
 ) {
-    kernels::encode_swizzled_row(level, kind, tensor_scale, row, weights, codes, scales);
-}
-
-#[inline(always)]
-pub(crate) fn encode_row_body(
-    kind: Kind,
-    tensor_scale: f32,
-    row: usize,
-    weights: &[f32],
-    codes: &mut [u8],
-    scales: &mut [u8],
-) {
-    match kind {
-        Kind::NvFp4 => put_row(row, weights, codes, scales, |weights, codes| {
-            encode_nvfp4(tensor_scale, weights, codes)
-        }),
-        Kind::MxFp8 => put_row(row, weights, codes, scales, encode_mxfp8),
-        Kind::MxFp4 => put_row(row, weights, codes, scales, encode_mxfp4),
-    }
-}
-
-/// Encodes a row with `encode`, which gives the scale of a block.
-#[inline(always)]
-fn put_row<const WEIGHTS: usize, const BYTES: usize>(
-    row: usize,
-    weights: &[f32],
-    codes: &mut [u8],
-    scales: &mut [u8],
-    encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]) -> u8,
-) {
-    let blocks = weights.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+    let (block, bytes) = kind.sizes();
+    let blocks = weights
+        .chunks_exact(block)
+        .zip(codes.chunks_exact_mut(bytes));
     for ((weights, codes), place) in blocks.zip(places(row)) {
-        let scale = encode(weights, codes);
+        let scale = match kind {
+            Kind::NvFp4 => encode_nvfp4(level, tensor_scale, weights, codes),
+            Kind::MxFp8 => encode_mxfp8(level, weights, codes),
+            Kind::MxFp4 => encode_mxfp4(level, weights, codes),
+        };
         if let Some(byte) = scales.get_mut(place) {
             *byte = scale;
         }
     }
 }
 
-/// Decodes a row with `decode`, which is given the scale of a block.
-#[inline(always)]
-fn get_row<const WEIGHTS: usize, const BYTES: usize>(
+/// Decodes row `row` of a row of tiles.
+fn decode_row(
+    level: Level,
+    kind: Kind,
+    tensor_scale: f32,
     row: usize,
     codes: &[u8],
     scales: &[u8],
     weights: &mut [f32],
-    decode: impl Fn(u8, &[u8; BYTES], &mut [f32; WEIGHTS]),
 ) {
+    let (block, bytes) = kind.sizes();
     let blocks = weights
-        .as_chunks_mut()
-        .0
-        .iter_mut()
-        .zip(codes.as_chunks().0);
+        .chunks_exact_mut(block)
+        .zip(codes.chunks_exact(bytes));
     for ((weights, codes), place) in blocks.zip(places(row)) {
-        decode(scales.get(place).copied().unwrap_or(0), codes, weights);
+        let scale = scales.get(place).copied().unwrap_or(0);
+        match kind {
+            Kind::NvFp4 => {
+                e2m1::decode(level, true, of_e4m3(scale) * tensor_scale, codes, weights);
+            }
+            Kind::MxFp8 => rows8::decode(level, Codes::E4m3, 0, of_e8m0(scale), codes, weights),
+            Kind::MxFp4 => e2m1::decode(level, true, of_e8m0(scale), codes, weights),
+        }
     }
 }
 
 /// Codes of a block; gives its scale.
-#[inline(always)]
-fn encode_nvfp4(tensor_scale: f32, weights: &[f32; 16], codes: &mut [u8; 8]) -> u8 {
-    let quotient = largest_body(weights) / E2M1_MOST / tensor_scale;
+fn encode_nvfp4(level: Level, tensor_scale: f32, weights: &[f32], codes: &mut [u8]) -> u8 {
+    let quotient = rows8::largest(level, weights) / e2m1::MOST / tensor_scale;
     let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
     let factor = 1.0 / tensor_scale / of_e4m3(scale);
     // What is too small for a scale becomes zero.
     let factor = if factor.is_finite() { factor } else { 0.0 };
-    put_e2m1(factor, weights, codes);
+    let scaling = Scaling::Product(factor);
+    e2m1::encode(level, Rounding::Even, scaling, weights, codes);
     scale
 }
 
 /// Codes of a block; gives its scale.
-#[inline(always)]
-fn encode_mxfp4(weights: &[f32; 32], codes: &mut [u8; 16]) -> u8 {
-    let (scale, factor) = power_of_two(largest_body(weights) / E2M1_MOST);
-    put_e2m1(factor, weights, codes);
+fn encode_mxfp4(level: Level, weights: &[f32], codes: &mut [u8]) -> u8 {
+    let (scale, factor) = power_of_two(rows8::largest(level, weights) / e2m1::MOST);
+    let scaling = Scaling::Product(factor);
+    e2m1::encode(level, Rounding::Even, scaling, weights, codes);
     scale
 }
 
 /// Codes of a block; gives its scale.
-#[inline(always)]
-fn encode_mxfp8(weights: &[f32; 32], codes: &mut [u8; 32]) -> u8 {
-    let (scale, factor) = power_of_two(largest_body(weights) / E4M3_MOST);
-    for (code, weight) in codes.iter_mut().zip(weights) {
-        *code = to_e4m3(weight * factor);
-    }
+fn encode_mxfp8(level: Level, weights: &[f32], codes: &mut [u8]) -> u8 {
+    let (scale, factor) = power_of_two(rows8::largest(level, weights) / E4M3_MOST);
+    let scaling = rows8::Scaling::Product;
+    rows8::encode(level, Codes::E4m3, scaling, factor, weights, codes);
     scale
-}
-
-#[inline(always)]
-fn decode_mxfp8(scale: u8, codes: &[u8; 32], weights: &mut [f32; 32]) {
-    let scale = of_e8m0(scale);
-    for (weight, &code) in weights.iter_mut().zip(codes) {
-        *weight = of_e4m3(code) * scale;
-    }
 }
 
 /// The least power of two that is not below `quotient`, as a code, and what weights are multiplied with.
@@ -426,16 +402,6 @@ fn power_of_two(quotient: f32) -> (u8, f32) {
     let code = (exponent + 127) as u8;
     let factor = if code == 0 { 1.0 } else { of_e8m0(254 - code) };
     (code, factor)
-}
-
-#[inline(always)]
-fn put_e2m1<const WEIGHTS: usize>(factor: f32, weights: &[f32; WEIGHTS], packed: &mut [u8]) {
-    let mut codes = [0u8; WEIGHTS];
-    for (code, &weight) in codes.iter_mut().zip(weights) {
-        let x = weight * factor;
-        *code = nearest_even(x.abs()) | (x.to_bits() >> 28 & 8) as u8;
-    }
-    pack(&codes, packed);
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 mod blocks;
 mod decode_iq;
 mod decode_k;
+mod e2m1;
 mod ggml;
 mod lanes;
 mod levels;
@@ -17,6 +18,7 @@ mod ternary;
 
 pub(super) use decode_iq::*;
 pub(super) use decode_k::*;
+pub(super) use e2m1::*;
 pub(super) use ggml::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;

@@ -28,7 +28,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
-use crate::formats::{rows8, torchao_blocks};
+use crate::formats::{e2m1, rows8};
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
@@ -188,15 +188,19 @@ offers! {
         zeros: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
-    /// `torchao_blocks::encode_row`, whose body is compiled for each level.
-    fn encode_swizzled_row [avx2 avx512] (
-        kind: torchao_blocks::Kind,
-        tensor_scale: f32,
-        row: usize,
+    /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.
+    fn encode_e2m1 [avx2 avx2] (
+        rounding: e2m1::Rounding,
+        scaling: e2m1::Scaling,
         weights: &[f32],
-        codes: &mut [u8],
-        scales: &mut [u8],
-    ) -> () = torchao_blocks::encode_row_body(kind, tensor_scale, row, weights, codes, scales);
+        packed: &mut [u8],
+    ) -> usize = 0;
+    fn decode_e2m1 [avx2 avx2] (
+        keeps_sign: bool,
+        scale: f32,
+        packed: &[u8],
+        weights: &mut [f32],
+    ) -> usize = 0;
     /// Q4_0 blocks; gives the number of blocks done, as all below.
     fn encode_q4_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
     fn decode_q4_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;

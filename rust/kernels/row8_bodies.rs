@@ -5,7 +5,6 @@ macro_rules! row8_bodies {
     ($features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
-        use crate::formats::torchao_blocks;
 
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
@@ -54,18 +53,6 @@ macro_rules! row8_bodies {
             weights: &mut [f32],
         ) {
             rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn encode_swizzled_row(
-            kind: torchao_blocks::Kind,
-            tensor_scale: f32,
-            row: usize,
-            weights: &[f32],
-            codes: &mut [u8],
-            scales: &mut [u8],
-        ) {
-            torchao_blocks::encode_row_body(kind, tensor_scale, row, weights, codes, scales);
         }
     };
 }

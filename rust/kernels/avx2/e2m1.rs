@@ -1,0 +1,155 @@
+//! 4-bit floats in pairs. Scalar bodies and special cases: see `crate::formats::e2m1`.
+
+use std::arch::x86_64::*;
+
+use super::{load, store};
+use crate::formats::e2m1::{Rounding, Scaling, MOST, VALUES};
+
+/// Codes of eight numbers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn codes(rounding: Rounding, x: __m256) -> __m256i {
+    let sign = _mm256_set1_ps(-0.0);
+    let size = _mm256_min_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(MOST));
+    let bits = _mm256_castps_si256(size);
+    // From 1 on a step is bit 22: half of it is added, and one less for ties that go down.
+    let last = match rounding {
+        Rounding::Down => _mm256_setzero_si256(),
+        Rounding::Even | Rounding::EvenUnsignedZero => {
+            _mm256_and_si256(_mm256_srli_epi32::<22>(bits), _mm256_set1_epi32(1))
+        }
+    };
+    let rounded = _mm256_add_epi32(
+        bits,
+        _mm256_add_epi32(last, _mm256_set1_epi32((1 << 21) - 1)),
+    );
+    let large = _mm256_sub_epi32(_mm256_srli_epi32::<22>(rounded), _mm256_set1_epi32(252));
+    // Below 1 a step is a half.
+    let beyond =
+        |bound: f32| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(size, _mm256_set1_ps(bound)));
+    let second = match rounding {
+        Rounding::Down => beyond(0.75),
+        Rounding::Even | Rounding::EvenUnsignedZero => {
+            _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GE_OQ>(size, _mm256_set1_ps(0.75)))
+        }
+    };
+    let small = _mm256_sub_epi32(
+        _mm256_setzero_si256(),
+        _mm256_add_epi32(beyond(0.25), second),
+    );
+    let is_small = _mm256_cmp_ps::<_CMP_LT_OQ>(size, _mm256_set1_ps(1.0));
+    let code = _mm256_blendv_epi8(large, small, _mm256_castps_si256(is_small));
+    let zero = _mm256_setzero_ps();
+    let is_signed = match rounding {
+        Rounding::Even => _mm256_srai_epi32::<31>(_mm256_castps_si256(x)),
+        Rounding::EvenUnsignedZero => _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(x, zero)),
+        Rounding::Down => _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LE_OQ>(x, zero)),
+    };
+    _mm256_or_si256(code, _mm256_and_si256(is_signed, _mm256_set1_epi32(8)))
+}
+
+/// Eight bytes of sixteen codes, each pair with the first in the low half.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pairs(first: __m256i, second: __m256i) -> [u8; 8] {
+    let pair = |codes| _mm256_or_si256(codes, _mm256_srli_epi64::<28>(codes));
+    // One byte of `first` and one of `second` in every eight.
+    let low = _mm256_and_si256(pair(first), _mm256_set1_epi64x(0xff));
+    let high = _mm256_slli_epi64::<32>(_mm256_and_si256(pair(second), _mm256_set1_epi64x(0xff)));
+    let both = _mm256_or_si256(low, high);
+    let together = _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    // The lower half now holds the bytes of `first`, one in four, the upper those of `second`.
+    let gather = _mm256_set1_epi32(0x0c08_0400);
+    let packed = _mm256_shuffle_epi8(together, gather);
+    let first = _mm256_extract_epi32::<0>(packed).to_le_bytes();
+    let second = _mm256_extract_epi32::<4>(packed).to_le_bytes();
+    let mut bytes = [0; 8];
+    let (low, high) = bytes.split_at_mut(4);
+    low.copy_from_slice(&first);
+    high.copy_from_slice(&second);
+    bytes
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn encode_all(
+    rounding: Rounding,
+    scale: impl Fn(__m256) -> __m256,
+    weights: &[f32],
+    packed: &mut [u8],
+) -> usize {
+    let mut done = 0;
+    let steps = weights
+        .as_chunks::<16>()
+        .0
+        .iter()
+        .zip(packed.as_chunks_mut().0);
+    for (weights, packed) in steps {
+        if let [first, second] = weights.as_chunks().0 {
+            let first = codes(rounding, scale(load(first)));
+            let second = codes(rounding, scale(load(second)));
+            *packed = pairs(first, second);
+            done += 16;
+        }
+    }
+    done
+}
+
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels) fn encode_e2m1(
+    rounding: Rounding,
+    scaling: Scaling,
+    weights: &[f32],
+    packed: &mut [u8],
+) -> usize {
+    match scaling {
+        Scaling::Product(factor) => {
+            let factor = _mm256_set1_ps(factor);
+            encode_all(rounding, |x| _mm256_mul_ps(x, factor), weights, packed)
+        }
+        Scaling::Quotient(factor) => {
+            let factor = _mm256_set1_ps(factor);
+            encode_all(rounding, |x| _mm256_div_ps(x, factor), weights, packed)
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels) fn decode_e2m1(
+    keeps_sign: bool,
+    scale: f32,
+    packed: &[u8],
+    weights: &mut [f32],
+) -> usize {
+    let magnitudes = load(&VALUES);
+    let (scale, zero) = (_mm256_set1_ps(scale), _mm256_set1_ps(0.0));
+    let nibble = _mm_set1_epi8(15);
+    let mut done = 0;
+    let steps = packed
+        .as_chunks()
+        .0
+        .iter()
+        .zip(weights.as_chunks_mut::<16>().0);
+    for (packed, weights) in steps {
+        let bytes = _mm_cvtsi64_si128(i64::from_le_bytes(*packed));
+        let low = _mm_and_si128(bytes, nibble);
+        let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble);
+        let codes = _mm_unpacklo_epi8(low, high);
+        let halves = [codes, _mm_srli_si128::<8>(codes)];
+        for (half, weights) in halves.into_iter().zip(weights.as_chunks_mut().0) {
+            let codes = _mm256_cvtepu8_epi32(half);
+            let sign = _mm256_slli_epi32::<28>(_mm256_and_si256(codes, _mm256_set1_epi32(8)));
+            // Of an index only three bits count.
+            let size = _mm256_permutevar8x32_ps(magnitudes, codes);
+            let value = _mm256_or_ps(size, _mm256_castsi256_ps(sign));
+            let value = if keeps_sign {
+                value
+            } else {
+                _mm256_add_ps(value, zero)
+            };
+            store(_mm256_mul_ps(value, scale), weights);
+        }
+        done += 16;
+    }
+    done
+}
