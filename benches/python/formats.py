@@ -229,12 +229,17 @@ def main() -> None:
         if info.container == "safetensors" and info.encodes == "always" and options.only in info.name
     ]
     results: dict[str, Any] = {}
-    print(f"{'format':24} {'encode GB/s':>12} {'copies':>7} {'x peer':>7} {'decode GB/s':>12} {'copies':>7} {'x peer':>7}")
+    print(
+        f"{'format':24} {'encode GB/s':>12} {'copies':>7} {'x peer':>7} {'decode GB/s':>12} {'copies':>7} {'x peer':>7}"
+    )
     for name in names:
         row = results[name] = bench(name, weight, options.runs)
         cells = [row["encode_gigabytes_per_second"], row["encode_copies"], row.get("encode_times_peer", "-")]
         cells += [row["decode_gigabytes_per_second"], row["decode_copies"], row.get("decode_times_peer", "-")]
-        print(f"{name:24} {cells[0]:>12} {cells[1]:>7} {cells[2]:>7} {cells[3]:>12} {cells[4]:>7} {cells[5]:>7}", flush=True)
+        print(
+            f"{name:24} {cells[0]:>12} {cells[1]:>7} {cells[2]:>7} {cells[3]:>12} {cells[4]:>7} {cells[5]:>7}",
+            flush=True,
+        )
     if options.record:
         record = {
             "bench": "formats",
