@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from conversion import cpu_name
 from gguf_types import best
-from loading import versions
 
 import weightpack as wp
+from loading import versions
 
 COLUMNS = 4096
 

@@ -13,6 +13,10 @@ pub const MOST: f32 = 6.0;
 
 /// Magnitudes by code.
 pub const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+/// Numbers by code.
+pub const SIGNED_VALUES: [f32; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
 
 /// How a number becomes a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,8 +69,7 @@ pub fn decode(level: Level, keeps_sign: bool, scale: f32, packed: &[u8], weights
         .skip(done / 2);
     for (pair, byte) in pairs {
         *pair = [byte & 15, byte >> 4].map(|code| {
-            let size = VALUES[usize::from(code & 7)];
-            let value = if code & 8 == 0 { size } else { -size };
+            let value = SIGNED_VALUES[usize::from(code & 15)];
             // What is added makes 0 of −0 and changes nothing else.
             (if keeps_sign { value } else { value + 0.0 }) * scale
         });

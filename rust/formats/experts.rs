@@ -19,7 +19,7 @@
 //!
 //! Peer: transformers 5.23 (`convert_moe_packed_tensors`). Decoded, and not encoded.
 
-use super::fp4::SIGNED_VALUES;
+use super::e2m1::SIGNED_VALUES;
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };

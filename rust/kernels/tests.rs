@@ -5,8 +5,8 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::dtype::Dtype;
 use crate::float;
-use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 use crate::formats::e2m1;
+use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 use crate::formats::Block;
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 
@@ -358,6 +358,12 @@ fn check_groups8(level: Level) {
                 let scalar = Level::SCALAR;
                 rows8::decode_groups(scalar, size, stored, codes, scales, &zeros, &mut expected);
                 rows8::decode_groups(level, size, stored, codes, scales, &zeros, &mut got);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
 fn check_e2m1(level: Level) {
     use e2m1::Rounding::{Down, Even, EvenUnsignedZero};
     for input in inputs(1003) {
