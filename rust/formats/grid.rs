@@ -25,6 +25,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{kernels, shape};
 
+/// Columns that are decoded at once, or one cell where that has more.
+const RUN: usize = 2048;
+
 /// What weights share a scale, and what else stands beside the codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
@@ -212,19 +215,27 @@ impl Format for Gridded {
         let cell_rows = usize::try_from(grid.rows).unwrap_or(usize::MAX).max(1);
         let cell_columns = usize::try_from(grid.columns).unwrap_or(usize::MAX).max(1);
         let across = columns.div_ceil(cell_columns);
+        let run = cell_columns.saturating_mul((RUN / cell_columns).max(1));
         let [codes, scales, zeros, ..] = *parts;
         let rows = weights.chunks_mut(columns).zip(codes.chunks(columns));
         for (row, (weights, codes)) in rows.enumerate() {
             let first = row / cell_rows * across;
             let scales = scales.get(first * width..).unwrap_or_default();
             let mut zeros = zeros.get(first..).unwrap_or_default().iter();
-            let cells = weights
-                .chunks_mut(cell_columns)
-                .zip(codes.chunks(cell_columns));
-            for ((weights, codes), scale) in cells.zip(scales.chunks_exact(width)) {
-                let zero = zeros.next().map_or(0, |zero| zero.cast_signed());
-                let scale = read_scale(grid.scale, scale);
-                rows8::decode(kernels::level(), self.codes, zero, scale, codes, weights);
+            let mut scales = scales.chunks_exact(width);
+            let runs = weights.chunks_mut(run).zip(codes.chunks(run));
+            for (weights, codes) in runs {
+                // Small cells are too short for a call each: the codes first, all in one.
+                rows8::decode(kernels::level(), self.codes, 0, 1.0, codes, weights);
+                for (weights, scale) in weights.chunks_mut(cell_columns).zip(&mut scales) {
+                    let zero = zeros
+                        .next()
+                        .map_or(0.0, |zero| f32::from(zero.cast_signed()));
+                    let scale = read_scale(grid.scale, scale);
+                    for weight in weights {
+                        *weight = (*weight - zero) * scale;
+                    }
+                }
             }
         }
         Ok(())

@@ -222,6 +222,13 @@ def by_transformers() -> Packed:
     return Packed(packed, {"quant_method": "fp8", "weight_block_size": [128, 128]}, decoded, "fp8:")
 
 
+def by_rows(section: Mapping[str, Any], scale: torch.Tensor) -> Packed:
+    """FP8 with scales for rows (transformers' `fbgemm_fp8`) or for the tensor (AutoFP8), by the formula."""
+    weight = (source_weight().float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    decoded = weight.double() * scale.double()
+    return Packed({"weight": weight, "weight_scale": scale}, section, decoded.float(), "fp8:")
+
+
 def _floats(**arguments: Any) -> Callable[[], Packed]:
     return lambda: compressed(type="float", **arguments)
 
@@ -246,6 +253,10 @@ KINDS: dict[str, Callable[[], Packed]] = {
     "quanto int8": lambda: by_quanto("qint8"),
     "quanto float8": lambda: by_quanto("qfloat8"),
     "fp8 blocks": by_transformers,
+    "fp8 rows": lambda: by_rows({"quant_method": "fbgemm_fp8"}, torch.full((ROWS, 1), 0.0007)),
+    "fp8 tensor": lambda: by_rows(
+        {"quant_method": "fp8", "activation_scheme": "static"}, torch.tensor(0.0007, dtype=torch.bfloat16)
+    ),
     "compressed-tensors pack-quantized": _ints(num_bits=4, strategy="group", group_size=64),
     "compressed-tensors pack-quantized, zeros": _ints(num_bits=4, strategy="group", group_size=64, symmetric=False),
     "compressed-tensors nvfp4": _floats(num_bits=4, strategy="tensor_group", group_size=16),

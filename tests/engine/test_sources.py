@@ -63,3 +63,27 @@ def test_the_same_numbers_in_another_layout_lose_nothing(tmp_path, kind, to):
     with wp.open_checkpoint(new) as checkpoint:
         assert checkpoint[WEIGHT].format == to
         assert torch.equal(torch.from_numpy(checkpoint.read(WEIGHT, dtype="float32")), packed.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "algorithm", "lost"),
+    [
+        # Readers of NVFP4 take blocks of 16 for granted.
+        ("modelopt W4A8, nvfp4", "modelopt:nvfp4", "W4A16_NVFP4", True),
+        ("modelopt W4A8, AWQ", "modelopt:int4", "W4A8_AWQ", False),
+        ("modelopt int8, SmoothQuant", "modelopt:int8", "W8A8_SQ_PER_CHANNEL", False),
+    ],
+)
+def test_layers_of_modelopt_are_left_where_their_config_can_say_so(tmp_path, kind, to, algorithm, lost):
+    packed = KINDS[kind]()
+    report = wp.convert(write(packed, tmp_path / "model"), tmp_path / "new", to=to, layers="names")
+    with wp.open_checkpoint(tmp_path / "new") as checkpoint:
+        shapes = {part.name.rpartition(".")[2]: part.shape for part in checkpoint[WEIGHT].parts}
+        found = torch.from_numpy(checkpoint.read(WEIGHT, dtype="float32"))
+        section = checkpoint.config["quantization_config"]
+    assert section["quant_algo"] == algorithm
+    assert torch.equal(found, packed.weight.float()) == (not lost)
+    assert (found - packed.weight).norm() < 0.1 * found.norm()
+    assert ("second time" in " ".join(report.warnings)) == lost
+    if lost:
+        assert shapes == {"weight": (64, 128), "weight_scale": (64, 16), "weight_scale_2": ()}

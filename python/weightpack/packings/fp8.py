@@ -1,8 +1,8 @@
 """FP8 weights with a scale for each block, as DeepSeek stores them and transformers' `FineGrainedFP8Config`
 describes.
 
-The section has the keys and values that transformers 5.23 writes. Weights with one scale for a row or for
-the tensor, which other libraries store, are read, and never left in a result.
+The section has the keys and values that transformers 5.23 writes. Weights with one scale for a row
+(`FbgemmFp8Config`) or for the tensor, which other libraries store, are read, and never left in a result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .table import HostConfig, decoded
 
 __all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_kind", "settle"]
 
-METHODS = ("fp8",)
+METHODS = ("fp8", "fbgemm_fp8")
 FORMATS = ("fp8:",)
 _BLOCK = "fp8:block"
 _ARRAYS = (".weight_scale_inv",)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..decision import Decision, Target
-from .table import HostConfig, one_format, packed_of
+from .table import HostConfig, decoded, one_format, packed_of
 
 __all__ = [
     "FORMATS",
@@ -34,6 +35,7 @@ FILE = "hf_quant_config.json"
 _ARRAYS = (".weight_scale", ".weight_scale_2", ".pre_quant_scale", ".weight_quantizer._scale")
 _VERSION = "0.47.0"
 """The release whose layout this is."""
+_NVFP4 = "modelopt:nvfp4"
 _ALGORITHMS = {
     "modelopt:fp8": "FP8",
     "modelopt:fp8_row": "FP8_PER_CHANNEL_PER_TOKEN",
@@ -62,12 +64,29 @@ _LEFT = (
     "*embed_vision*", "*vision_tower*", "*visual*", "*vision_model*", "*multi_modal_projector*",
 )  # fmt: skip
 """Layers that every preset of ModelOpt 0.47 leaves as they are (`_default_disabled_quantizer_cfg`)."""
-_WITH_ACTIVATIONS = {"modelopt:int8": "W8A8_SQ_PER_CHANNEL", "modelopt:nvfp4": "NVFP4"}
+_WITH_ACTIVATIONS = {
+    "modelopt:int4": "W4A8_AWQ",
+    "modelopt:int8": "W8A8_SQ_PER_CHANNEL",
+    "modelopt:nvfp4": "NVFP4",
+}
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:
-    """All layers have one format."""
-    return one_format(decisions, target, "modelopt")
+    """All layers have one format, and NVFP4 also one layout: what a source has in blocks of 32 (W4A8), or with
+    factors of its columns (NVFP4_AWQ), is packed anew where that is asked for, and decoded elsewhere."""
+    decisions = one_format(decisions, target, "modelopt")
+    if target.format.name == _NVFP4:
+        return [replace(d, format=_NVFP4, why=f"{d.why} in another layout") if _is_other(d) else d for d in decisions]
+    return decoded(decisions, target, _is_other)
+
+
+def _is_other(decision: Decision) -> bool:
+    """Whether the tensor is copied NVFP4, but not in blocks of 16 alone."""
+    if not _copied(decision) or decision.result != _NVFP4:
+        return False
+    entry = decision.entry
+    sizes = {part.name.rpartition(".")[2]: part.shape for part in entry.parts}
+    return "pre_quant_scale" in sizes or sizes["weight_scale"][-1] * 16 != entry.shape[-1]
 
 
 def settle(
