@@ -21,6 +21,7 @@ mx = find_peer("torchao.prototype.mx_formats")
 from tests.diffusion_models import make  # noqa: E402
 from tests.loading import nets  # noqa: E402
 from tests.quantizers.torchao_models import TOKENS, assert_same, llama, saved  # noqa: E402
+from weightpack.quantizers.torchao_weights import is_packed  # noqa: E402
 
 CONFIGS = {
     "int8": quantization.Int8WeightOnlyConfig(),
@@ -103,6 +104,20 @@ def test_transformers_makes_the_same_on_the_fly_and_its_files_load(transformers,
     again = wp.from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
     assert assert_same(again, theirs) == 14
     assert torch.equal(again(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "float8", "nvfp4"])
+def test_weights_for_the_cpu_are_packed_on_their_way(transformers, llama_folder, monkeypatch, name):
+    """Not by torchao, whose work they equal (see above)."""
+
+    def refuse(*_, **__):
+        raise AssertionError("packed by torchao")
+
+    monkeypatch.setattr("weightpack.quantizers.torchao.pack", refuse)
+    own = wp.from_pretrained(
+        transformers.LlamaForCausalLM, llama_folder, quantization_config=wp.TorchAoConfig(CONFIGS[name])
+    )
+    assert sum(is_packed(weight) for weight in own.state_dict().values()) == 14
 
 
 def test_parts_of_a_weight_may_lie_in_different_shards(transformers, llama_folder, tmp_path):

@@ -42,6 +42,8 @@ def check_finite(weight: Any, name: str) -> bool:
 def rows_format(config: Any) -> str | None:
     """The format of the engine that packs a weight on the CPU as a config of torchao does, `None` where that is
     torchao's own work."""
+    if type(config).__name__ == "NVFP4WeightOnlyConfig":
+        return "torchao:nvfp4" if getattr(config, "use_dynamic_per_tensor_scale", False) else None
     granularity = getattr(config, "granularity", None)
     if type(granularity).__name__ != "PerRow" or getattr(granularity, "dim", -1) != -1:
         return None
@@ -55,6 +57,10 @@ def assembled(arrays: Mapping[str, Any], dtype: Any) -> Any:
     """torchao's tensor of arrays that the engine packed; `dtype` is the type of the weight."""
     quantization = require("torchao.quantization", _PURPOSE)
     codes, scale = arrays["qdata"], arrays["scale"]
+    if "per_tensor_scale" in arrays:
+        blocks = require("torchao.prototype.mx_formats.nvfp4_tensor", _PURPOSE).NVFP4Tensor
+        whole = arrays["per_tensor_scale"]
+        return blocks(codes, scale, 16, dtype, per_tensor_scale=whole, is_swizzled_scales=True)
     block_size = [1, codes.shape[1]]
     if "zero_point" in arrays:
         return quantization.Int8Tensor(codes, scale, block_size, dtype, zero_point=arrays["zero_point"])
