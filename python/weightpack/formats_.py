@@ -51,8 +51,8 @@ def quantize(
     Gives the stored arrays by component, `""` being the main one, under the names they have in a
     file: for `nf4` `""`, `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, and with
     `double_quant` also `nested_absmax` and `nested_quant_map`; for `bitsandbytes:int8` `""`, `SCB`,
-    `weight_format`; for torchao `qdata`, `scale` and, of integers, `zero_point`; for quanto `_data`, `_scale`,
-    `input_scale`, `output_scale`. GGUF types give uint8 rows of whole blocks.
+    `weight_format`; for torchao `qdata`, `scale` and, of integers, `zero_point`; for quanto `_data` (`_data._data` and `_shift` of
+    4 and 2 bits), `_scale`, `input_scale`, `output_scale`. GGUF types give uint8 rows of whole blocks.
 
     Raises `FormatError` for an array that the format cannot take, `ConfigError` for parameters it
     does not have, `UnsupportedError` for a format that does not exist.
@@ -111,8 +111,8 @@ def dequantize(
     """Decodes what `quantize` gives, or what a file holds, rounding each weight once to `dtype`.
 
     `components` maps component names to arrays, as `quantize` returns them; an array alone is the
-    first component. `shape` is only needed where it cannot be told: for `nf4` and `fp4` without
-    their `quant_state`, which otherwise also gives `block_size`, `double_quant` and
+    first component. `shape` is only needed where it cannot be told: for quanto's `int4` and `int2`, and for
+    `nf4` and `fp4` without their `quant_state`, which otherwise also gives `block_size`, `double_quant` and
     `nested_offset`. `dtype` is float32 (the default), float16, bfloat16 or float64; `out`, a
     contiguous array of the right shape, is filled instead of a new array and gives the dtype.
 
@@ -236,6 +236,8 @@ def _shape(format: str, main: _arrays.Bytes) -> list[int]:
     row = _main_of_two_rows(format)
     if row["dtype"] in _arrays.ELEMENT_TYPES:
         rows, columns = row["shape"]
+        if row["repeated"]:
+            raise ConfigError(f"{format}: shape is needed to decode, as codes are stored in groups of rows")
         if columns == 1:
             raise ConfigError(f"{format}: shape is needed to decode without quant_state")
         if len(main.shape) < 2:

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Format, Layout, MAX_PARTS};
+use crate::formats::{self, Fold, Format, Layout, MAX_PARTS};
 use crate::shape;
 
 use super::slab::{refuse_nonfinite, TILE_WEIGHTS};
@@ -42,6 +42,8 @@ pub fn encode_array(
     format.check_encodes(&layout.params)?;
     check_length("array", dtype.byte_len(&layout.shape)?, data.len())?;
     check_components(layout, components.iter().map(|bytes| bytes.len()))?;
+    let given = layout;
+    let layout = &mut format.encoding(given)?;
     let source = Source {
         format,
         dtype,
@@ -107,6 +109,7 @@ pub fn encode_array(
         }
         lengths[index] = bytes.len() as u64;
     }
+    given.params.clone_from(&layout.params);
     Ok(lengths)
 }
 
@@ -170,7 +173,11 @@ pub fn decode_array(
         for tile in output_tiles(layout, run, dtype) {
             let mut parts: formats::Parts<'_> = Default::default();
             for (part, (index, component)) in parts.iter_mut().zip(layout.sliced()) {
-                let range = component.span.range(tile.start, tile.end - tile.start);
+                let mut range = component.span.range(tile.start, tile.end - tile.start);
+                if let Some((period, _)) = component.span.turn() {
+                    let before = range.start / period * period;
+                    range = range.start - before..range.end - before;
+                }
                 *part = get(components[index], range)?;
             }
             let bytes = tile.start * weight_bytes..tile.end * weight_bytes;
@@ -295,7 +302,15 @@ impl Source<'_> {
         mut work: impl FnMut(u64, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let mut scratch = Vec::new();
+        let fold = self.format.fold(layout);
         for tile in tiles(layout, run) {
+            if let Some(fold) = fold {
+                self.gather(fold, &tile, scratch_of(&mut scratch, &tile)?)?;
+                let weights = scratch_of(&mut scratch, &tile)?;
+                self.refuse_nonfinite(layout, tile.start, weights)?;
+                work(tile.start, weights)?;
+                continue;
+            }
             let range = tile.start * self.weight_bytes..tile.end * self.weight_bytes;
             let data = get(self.data, range)?;
             let weights = match bytemuck::try_cast_slice(data) {
@@ -308,10 +323,27 @@ impl Source<'_> {
                     weights
                 }
             };
-            refuse_nonfinite(self.format, tile.start, weights, self.keep_nonfinite)?;
+            self.refuse_nonfinite(layout, tile.start, weights)?;
             work(tile.start, weights)?;
         }
         Ok(())
+    }
+
+    /// Widens the rows of a tile that lie apart.
+    fn gather(&self, fold: Fold, tile: &Range<u64>, weights: &mut [f32]) -> Result<()> {
+        let row_weights = fold.row_weights();
+        let rows = weights.chunks_exact_mut(shape::to_usize(row_weights)?);
+        for (row, weights) in (tile.start / row_weights..).zip(rows) {
+            let first = fold.row(row) * row_weights;
+            let range = first * self.weight_bytes..(first + row_weights) * self.weight_bytes;
+            let to_odd = self.format.rounds_to_16_bits();
+            float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
+        }
+        Ok(())
+    }
+
+    fn refuse_nonfinite(&self, layout: &Layout, first: u64, weights: &[f32]) -> Result<()> {
+        refuse_nonfinite(self.format, layout, first, weights, self.keep_nonfinite)
     }
 }
 
@@ -349,7 +381,18 @@ fn output_tiles(
         Dtype::F32 => TILE_WEIGHTS,
         _ => TILE_WEIGHTS / 4,
     };
-    pieces(run, weights, layout.unit_weights)
+    // No tile goes on from the end of a repeated array to its start.
+    let turns = layout.components.iter().filter_map(|part| part.span.turn());
+    let turn = turns.map(|(_, weights)| weights).min();
+    pieces(run, weights, layout.unit_weights).flat_map(move |tile| {
+        let mut start = tile.start;
+        std::iter::from_fn(move || {
+            let end = turn.map_or(tile.end, |turn| (start / turn + 1).saturating_mul(turn));
+            let piece = start..end.min(tile.end);
+            start = piece.end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    })
 }
 
 /// `whole` in pieces of `weights`, rounded up to a multiple of `unit`.

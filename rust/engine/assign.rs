@@ -10,7 +10,7 @@ use crate::io::{Container, NewEntry};
 use crate::shape;
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::derive::derive;
+use super::derive::{derive, folded};
 use super::importance::Weighed;
 use super::plan::{checkpoint_at, source_name, Action, Planned, Slot};
 use super::request::{Assignment, Output};
@@ -35,7 +35,7 @@ pub fn assign(
     let locate = |error: Error| error.tensor(&assignment.name).file(&path);
     let derived = derive(checkpoint, assignment).map_err(locate)?;
     let tensor = derived.as_ref().unwrap_or(stored);
-    let action =
+    let (action, ordered) =
         action(checkpoints, tensor, &path, slab_bytes, assignment, None).map_err(locate)?;
     let (slots, entries) = match &action {
         Action::Copy => copied_entries(tensor, &assignment.target),
@@ -50,7 +50,7 @@ pub fn assign(
     let planned = Planned {
         checkpoint: assignment.checkpoint,
         position,
-        derived,
+        derived: ordered.or(derived),
         target: assignment.target.clone(),
         why: assignment.why.clone(),
         action,
@@ -61,7 +61,8 @@ pub fn assign(
     Ok((planned, entries))
 }
 
-/// What becomes of `tensor`, whose weights are rounded to the type `through` first if there is one.
+/// What becomes of `tensor`, whose weights are rounded to the type `through` first if there is one; and the
+/// tensor in another order, where the format encodes by that.
 pub fn action(
     checkpoints: &[Arc<Checkpoint>],
     tensor: &Tensor,
@@ -69,7 +70,7 @@ pub fn action(
     slab_bytes: u64,
     assignment: &Assignment,
     through: Option<Dtype>,
-) -> Result<Action> {
+) -> Result<(Action, Option<Tensor>)> {
     let shape = assignment.shape.as_ref().unwrap_or(&tensor.shape);
     if assignment.format == "copy" {
         if assignment.add.is_some() {
@@ -99,7 +100,7 @@ pub fn action(
             ))
             .hint("decode it, or pack it as another format"));
         }
-        return Ok(Action::Copy);
+        return Ok((Action::Copy, None));
     }
     let format = formats::find(&assignment.format)?;
     let source = tensor.as_packed().ok_or_else(|| {
@@ -133,21 +134,35 @@ pub fn action(
         && source.layout.params.block_size.unwrap_or_default()
             == layout.params.block_size.unwrap_or_default()
     {
-        return Ok(Action::Copy);
+        return Ok((Action::Copy, None));
     }
     format.check_encodes(&params)?;
-    let cut = Cut::new(
-        &[source.layout.unit_weights, layout.unit_weights],
-        layout.weights,
-        slab_weights(tensor, slab_bytes),
-    );
-    Ok(Action::Encode {
+    let layout = format.encoding(&layout)?;
+    let ordered = match format.fold(&layout) {
+        Some(fold) => Some(folded(tensor, fold)?),
+        None => None,
+    };
+    let tensor = ordered.as_ref().unwrap_or(tensor);
+    let action = Action::Encode {
         format,
+        cut: cut(tensor, &layout, slab_bytes),
         layout: Box::new(layout),
-        cut,
         add: checked(assignment.add)?,
         weighed,
-    })
+    };
+    Ok((action, ordered))
+}
+
+/// How the work on `tensor` is cut, which is encoded by `layout`, in slabs of about `slab_bytes` source bytes.
+pub fn cut(tensor: &Tensor, layout: &Layout, slab_bytes: u64) -> Cut {
+    let unit = tensor
+        .as_packed()
+        .map_or(1, |packed| packed.layout.unit_weights);
+    Cut::new(
+        &[unit, layout.unit_weights],
+        layout.weights,
+        slab_weights(tensor, slab_bytes),
+    )
 }
 
 /// Whether rounding the weights of `source` to `dtype` changes none: they are stored as such, or
@@ -167,7 +182,7 @@ fn checked(add: Option<f32>) -> Result<Option<f32>> {
 }
 
 /// Weights in a slab of about `bytes` source bytes.
-pub fn slab_weights(tensor: &Tensor, bytes: u64) -> u64 {
+fn slab_weights(tensor: &Tensor, bytes: u64) -> u64 {
     let weights = shape::count_weights(&tensor.shape).unwrap_or(1).max(1);
     let scaled = u128::from(weights) * u128::from(bytes) / u128::from(tensor.stored_bytes().max(1));
     u64::try_from(scaled).unwrap_or(u64::MAX).max(1)

@@ -277,6 +277,18 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// As [`Self::read`], the array beginning anew after its last byte.
+    pub fn read_turns(&self, stored: &Stored, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let period = stored.entry.bytes.max(1);
+        let (mut offset, mut rest) = (offset % period, buffer);
+        while rest.len() as u64 > period - offset {
+            let (here, later) = rest.split_at_mut(shape::to_usize(period - offset)?);
+            self.read(stored, offset, here)?;
+            (offset, rest) = (0, later);
+        }
+        self.read(stored, offset, rest)
+    }
+
     /// All bytes of a small array.
     pub fn read_whole(&self, stored: &Stored) -> Result<Vec<u8>> {
         if stored.entry.bytes > MOST_WHOLE_BYTES {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::formats::Fold;
 use crate::io::Entry;
 use crate::shape;
 
@@ -56,6 +57,35 @@ pub fn turned(matrix: Transposed) -> Stored {
     result.entry.shape = matrix.shape();
     result.made = Some(Made::Transposed(Arc::new(matrix)));
     result
+}
+
+/// `tensor` with its weights in the order of `fold`. Its shape says nothing about that order.
+pub fn folded(tensor: &Tensor, fold: Fold) -> Result<Tensor> {
+    let row = (fold.row_weights(), true);
+    let stored = whole_array(tensor)
+        .and_then(|array| Some((array.clone(), row_bytes(array.entry.dtype, row).ok()?)));
+    let (mut array, row_bytes) = match stored {
+        Some(stored) => stored,
+        None => (
+            Decoded::new(tensor.clone())?.stored()?,
+            row_bytes(Dtype::F32, row)?,
+        ),
+    };
+    let mut gather = Gather::default();
+    let order = Order::new(fold.rows(), 1, fold.parts())?;
+    gather.add(&array, row_bytes, 0, fold.rows(), Some(order))?;
+    if gather.bytes() != array.entry.bytes {
+        return Err(Error::Internal(format!(
+            "{} bytes in another order for {}",
+            gather.bytes(),
+            array.entry.bytes
+        )));
+    }
+    array.made = Some(Made::Rows(Arc::new(gather)));
+    let mut result = plain_tensor(array)?;
+    result.name.clone_from(&tensor.name);
+    result.dtype = tensor.dtype;
+    Ok(result)
 }
 
 /// The one array of a tensor that is stored as one.

@@ -228,7 +228,8 @@ fn check_stored<'c>(
     }
     let tensor = derived.as_ref().unwrap_or(stored);
     let checkpoints = std::slice::from_ref(checkpoint);
-    let action = assign::action(checkpoints, tensor, path, slab_bytes, &assignment, through)?;
+    let (action, ordered) =
+        assign::action(checkpoints, tensor, path, slab_bytes, &assignment, through)?;
     let copied = match (&action, tensor.as_packed()) {
         (Action::Copy, Some(packed)) if job.format != "copy" => {
             Some((packed.format, packed.layout.clone()))
@@ -244,7 +245,7 @@ fn check_stored<'c>(
         path,
         stored,
         through: through.filter(rounds),
-        derived,
+        derived: ordered.or(derived),
         action,
         keep_nonfinite: job.params.keep_nonfinite,
         copied,

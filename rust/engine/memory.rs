@@ -3,11 +3,10 @@
 use crate::error::{Error, Result};
 use crate::formats::{self, Layout};
 
-use super::assign::slab_weights;
+use super::assign;
 use super::checkpoint::Stored;
 use super::importance::Weighed;
 use super::plan::{checkpoint_at, Action, Plan, Planned};
-use super::slab::Cut;
 
 /// Smallest slab that a tight memory limit leads to.
 const SMALLEST_SLAB_BYTES: u64 = 64 << 10;
@@ -62,12 +61,12 @@ impl Plan {
         for planned in &mut self.tensors {
             let checkpoint = checkpoint_at(&self.checkpoints, planned.checkpoint)?;
             let tensor = planned.tensor(checkpoint)?;
-            let about = slab_weights(tensor, self.slab_bytes);
-            let unit = tensor
-                .as_packed()
-                .map_or(1, |packed| packed.layout.unit_weights);
-            if let Action::Encode { layout, cut, .. } = &mut planned.action {
-                *cut = Cut::new(&[unit, layout.unit_weights], layout.weights, about);
+            let again = match &planned.action {
+                Action::Encode { layout, .. } => assign::cut(tensor, layout, self.slab_bytes),
+                Action::Copy => continue,
+            };
+            if let Action::Encode { cut, .. } = &mut planned.action {
+                *cut = again;
             }
         }
         Ok(())

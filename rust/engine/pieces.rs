@@ -50,7 +50,8 @@ impl Piece {
     }
 }
 
-/// The stored parts of the sliced components, and the bytes of `slab` in each.
+/// The stored parts of the sliced components, and the bytes of `slab` in each: of one that is repeated,
+/// counted on from one turn to the next.
 pub fn source_ranges<'t>(
     source: &'t Tensor,
     layout: &'t Layout,
@@ -75,7 +76,7 @@ pub fn read_slab(
     let ranges = source_ranges(source, layout, slab);
     for (buffer, (part, range)) in scratch.input.iter_mut().zip(ranges) {
         let bytes = range.end - range.start;
-        checkpoint.read(part, range.start, slab::resize(buffer, bytes)?)?;
+        checkpoint.read_turns(part, range.start, slab::resize(buffer, bytes)?)?;
         read += bytes;
     }
     Ok(read)

@@ -40,7 +40,7 @@ impl SlabReader {
             };
             let range = component.span.range(slab.start, slab.end - slab.start);
             let buffer = slab::resize(buffer, range.end - range.start)?;
-            checkpoint.read(part, range.start, buffer)?;
+            checkpoint.read_turns(part, range.start, buffer)?;
             read += range.end - range.start;
         }
         Ok(read)

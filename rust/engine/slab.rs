@@ -278,7 +278,13 @@ impl Task<'_> {
             float::narrow(dtype, x, rounded)?;
             float::widen(dtype, rounded, x, false)?;
         }
-        refuse_nonfinite(self.target.format, tile.start, x, self.keep_nonfinite)?;
+        refuse_nonfinite(
+            self.target.format,
+            self.target.layout,
+            tile.start,
+            x,
+            self.keep_nonfinite,
+        )?;
         Ok(x)
     }
 
@@ -331,9 +337,13 @@ impl Task<'_> {
                 let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
                 let encoded = output.each_ref().map(|part| &**part);
                 let packed = parts(self.target.layout, encoded, slab, &tile)?;
-                self.target
-                    .format
-                    .decode(self.target.layout, tile.start, &packed, y)?;
+                self.target.format.decode_encoded(
+                    self.target.layout,
+                    tile.start,
+                    &packed,
+                    statistics,
+                    y,
+                )?;
                 sums.merge(&formats::error_sums(x, y));
             }
         }
@@ -342,9 +352,10 @@ impl Task<'_> {
 }
 
 /// Refuses weights that are not finite, unless `format` stores them as they are, or has a way to and
-/// the caller asks for it with `keep`. `first` is the index of the first weight in the tensor.
+/// the caller asks for it with `keep`. `first` is the index of the first weight in the order of tiles.
 pub fn refuse_nonfinite(
     format: &dyn Format,
+    layout: &Layout,
     first: u64,
     weights: &[f32],
     keep: bool,
@@ -358,10 +369,11 @@ pub fn refuse_nonfinite(
         return Ok(());
     };
     let value = weights.get(index).copied().unwrap_or(f32::NAN);
+    let index = first + index as u64;
     let refusal = Error::format(format!(
         "{}: weight {} is {value}, which cannot be quantized",
         format.info().name,
-        first + index as u64
+        format.fold(layout).map_or(index, |fold| fold.weight(index))
     ));
     Err(refusal.hint("keep the tensor in source precision (--keep), or pass it through where the format can (--on-nonfinite keep)"))
 }

@@ -18,6 +18,7 @@ pub mod bnb4;
 mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
+mod fold;
 #[doc(hidden)]
 pub mod e2m1;
 #[doc(hidden)]
@@ -53,6 +54,8 @@ mod plain;
 #[doc(hidden)]
 pub mod quanto;
 #[doc(hidden)]
+pub mod quanto_bits;
+#[doc(hidden)]
 pub mod rows8;
 #[doc(hidden)]
 pub mod scaled;
@@ -71,6 +74,7 @@ use crate::{kernels, shape};
 
 pub use blocks::{Block, Weighing};
 pub use bnb4_state::{read_quant_state, QuantState};
+pub use fold::Fold;
 pub use grid::Grid;
 pub use grouped::Integers;
 pub use validity::first_invalid;
@@ -218,6 +222,16 @@ pub enum Span {
         /// Bytes per run.
         bytes: u64,
     },
+    /// As [`Span::Blocks`], in an array that begins anew after its last byte, as weights that are far
+    /// apart share bytes. Decoded only: see [`Format::encoding`].
+    Repeated {
+        /// Weights per run.
+        weights: u64,
+        /// Bytes per run.
+        bytes: u64,
+        /// Bytes of the array, a multiple of `bytes`.
+        period: u64,
+    },
     /// One array for the whole tensor, known once the tensor is encoded.
     Whole,
     /// As [`Span::Whole`], and its length is only known then: the layout's length is the most.
@@ -226,10 +240,11 @@ pub enum Span {
 
 impl Span {
     /// Byte range of the weights `first..first + count`; empty for whole-tensor arrays. `first`
-    /// must be a multiple of the run length.
+    /// must be a multiple of the run length. Bytes of a repeated array are counted on from one turn
+    /// to the next.
     pub fn range(self, first: u64, count: u64) -> std::ops::Range<u64> {
         match self {
-            Span::Blocks { weights, bytes } => {
+            Span::Blocks { weights, bytes } | Span::Repeated { weights, bytes, .. } => {
                 let start = first / weights;
                 start * bytes..(start + count.div_ceil(weights)) * bytes
             }
@@ -239,7 +254,19 @@ impl Span {
 
     /// Whether this component is cut into tiles.
     pub fn is_sliced(self) -> bool {
-        matches!(self, Span::Blocks { .. })
+        matches!(self, Span::Blocks { .. } | Span::Repeated { .. })
+    }
+
+    /// The bytes of a repeated array, and the weights that one turn of it holds.
+    pub fn turn(self) -> Option<(u64, u64)> {
+        match self {
+            Span::Repeated {
+                weights,
+                bytes,
+                period,
+            } if period > 0 => Some((period, (period / bytes.max(1)).saturating_mul(weights))),
+            _ => None,
+        }
     }
 }
 
@@ -429,6 +456,20 @@ pub trait Format: Sync + Send {
     /// and parameters the format cannot take.
     fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout>;
 
+    /// The layout by which a tensor of `layout` is encoded. It is another one than that of decoding where
+    /// weights that are far apart share bytes: those come together, in the order of [`Format::fold`].
+    /// Names, types and shapes of the arrays are the same.
+    fn encoding(&self, layout: &Layout) -> Result<Layout> {
+        Ok(layout.clone())
+    }
+
+    /// The order in which tiles take the weights of a tensor that is encoded, `layout` being that of
+    /// [`Format::encoding`] or of decoding; `None` where that is the order in memory. Indices of weights in
+    /// [`Format::measure`], [`Format::encode`] and [`Format::decode_encoded`] are those of this order.
+    fn fold(&self, _layout: &Layout) -> Option<Fold> {
+        None
+    }
+
     /// First pass of formats with [`Layout::statistics`]: writes what the tile contributes.
     fn measure(
         &self,
@@ -481,6 +522,18 @@ pub trait Format: Sync + Send {
         parts: &Parts<'_>,
         weights: &mut [f32],
     ) -> Result<()>;
+
+    /// As [`Format::decode`], for a tile that was just encoded: in its order, with the same statistics.
+    fn decode_encoded(
+        &self,
+        layout: &Layout,
+        first: u64,
+        parts: &Parts<'_>,
+        _statistics: &[u8],
+        weights: &mut [f32],
+    ) -> Result<()> {
+        self.decode(layout, first, parts, weights)
+    }
 
     /// Weights at multiples of which, counted from the start of a unit, a tile to decode may begin and end as
     /// long as it stays in that unit.
@@ -555,6 +608,8 @@ pub static FORMATS: &[&dyn Format] = &[
     &torchao_blocks::MXFP4,
     &quanto::INT8,
     &quanto::FLOAT8,
+    &quanto_bits::INT4,
+    &quanto_bits::INT2,
     &fp4::NVFP4,
     &fp4::MXFP4,
     &scaled::MODELOPT_FP8,

@@ -21,8 +21,7 @@
 //! - Sources of other types (F64, packed ones) are encoded as F32 is, unless the parameter `dtype`
 //!   says F16 or BF16.
 //!
-//! Peer: optimum-quanto 0.2.7 on CPU (`qint8`, `qfloat8`, axis 0). Its int4 and int2 store two or four
-//! rows that are far apart in one byte, and are not encoded here.
+//! Peer: optimum-quanto 0.2.7 on CPU (`qint8`, `qfloat8`, axis 0). Its int4 and int2 are in `quanto_bits`.
 
 use super::rows8::{self, Codes, Scaling};
 use super::{

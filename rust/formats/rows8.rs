@@ -71,7 +71,7 @@ impl Grouping {
 
 /// 1.5·2²³: added to a number of magnitude below 2²², it rounds that to a whole number, ties to even,
 /// whose last bits are then those of the sum.
-const TO_WHOLE: f32 = 12_582_912.0;
+pub(super) const TO_WHOLE: f32 = 12_582_912.0;
 
 /// The type that a library computes in for weights that decode to `dtype`: that one, or F32 for those
 /// that it has no kernels for.
@@ -306,7 +306,7 @@ pub(crate) fn decode_body(kind: Codes, zero: i8, scale: f32, codes: &[u8], weigh
 
 /// `value` with `DROPPED` bits less in its fraction, to nearest, ties to even.
 #[inline(always)]
-fn shortened<const DROPPED: u32>(value: f32) -> f32 {
+pub(super) fn shortened<const DROPPED: u32>(value: f32) -> f32 {
     if DROPPED == 0 {
         return value;
     }

@@ -31,6 +31,8 @@ pub const MOST_INDEX_BYTES: u64 = 100_000_000;
 
 /// Key of shard metadata and index metadata that holds the id of the plan that wrote them.
 pub const PLAN_KEY: &str = "weightpack.plan";
+/// Metadata key of the shapes of packed weights, JSON by name, where those of the arrays do not tell.
+pub const SHAPES_KEY: &str = "weightpack.shapes";
 
 /// A checked index.
 #[derive(Debug, Clone, Default, PartialEq)]

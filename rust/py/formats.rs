@@ -43,6 +43,8 @@ struct ComponentRow<'a> {
     shape: &'a [u64],
     bytes: u64,
     late: bool,
+    /// Whether weights that are far apart share its bytes.
+    repeated: bool,
 }
 
 /// The parameters of a format, and whether to keep weights that are not finite.
@@ -132,6 +134,7 @@ fn component_rows(layout: &Layout) -> Result<Vec<ComponentRow<'_>>> {
                 shape: &component.shape,
                 bytes: layout.component_bytes(index)?,
                 late: component.span == Span::WholeAtMost,
+                repeated: matches!(component.span, Span::Repeated { .. }),
             })
         })
         .collect()

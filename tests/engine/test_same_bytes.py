@@ -21,6 +21,8 @@ FORMATS = [
     "torchao:float8",
     "quanto:int8",
     "quanto:float8",
+    "quanto:int4",
+    "quanto:int2",
     "gguf:q4_0",
     "gguf:q8_0",
     "f16",

@@ -71,7 +71,7 @@ def with_library_unpack(monkeypatch: Any) -> None:
     def unpack(packed: Any) -> torch.Tensor:
         data, bits = packed._data.cpu().numpy(), packed._bits
         codes = np.concatenate([(data >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)])
-        return torch.from_numpy(codes)[: packed.shape[0]].to(packed.device)
+        return torch.from_numpy(codes)[: packed.shape[0]].to(packed._data.device)
 
     monkeypatch.setattr(PackedTensor, "unpack", unpack)
 

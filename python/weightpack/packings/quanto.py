@@ -1,4 +1,4 @@
-"""optimum-quanto: one 8-bit format for all packed weights.
+"""optimum-quanto: one format for all packed weights.
 
 diffusers 0.42.1 puts quanto's layers in the place of all linear ones and only then looks at the file, so
 its list must hold every linear layer that is not packed. It compares entries with the last segment of a
@@ -22,8 +22,11 @@ METHODS = ("quanto",)
 FORMATS = ("quanto:",)
 MAP_FILE = "quanto_qmap.json"
 
-_TYPES = {"quanto:int8": "qint8", "quanto:float8": "qfloat8"}
+_TYPES = {"quanto:int8": "qint8", "quanto:float8": "qfloat8", "quanto:int4": "qint4", "quanto:int2": "qint2"}
 """quanto's own names of the types."""
+_WITHOUT_SHAPES = ("quanto:int4", "quanto:int2")
+SHAPES = "weightpack.shapes"
+"""Metadata key."""
 _ARRAYS = ("._data", "._scale", "._shift")
 
 
@@ -58,13 +61,14 @@ def host_config(decisions: Sequence[Decision], skip_list: Sequence[str], compute
         "quant_method": "quanto",
         "weights_dtype": name.partition(":")[2],
     }
+    metadata = _shapes(packed)
     if host == "diffusers":
-        return HostConfig(section)
+        return HostConfig(section, metadata=metadata)
     section |= {"activations": None, "weights": section["weights_dtype"]}
     if host == "transformers":
         del section["weights_dtype"]
     layers = {d.entry.name.rpartition(".")[0]: {"weights": _TYPES[name], "activations": "none"} for d in packed}
-    return HostConfig(dict(sorted(section.items())), texts={MAP_FILE: json.dumps(layers, indent=4)})
+    return HostConfig(dict(sorted(section.items())), texts={MAP_FILE: json.dumps(layers, indent=4)}, metadata=metadata)
 
 
 def leftovers(names: Iterable[str]) -> list[str]:
@@ -75,6 +79,13 @@ def leftovers(names: Iterable[str]) -> list[str]:
 def describes(key: str, value: str) -> bool:
     """Nothing is told by metadata."""
     return False
+
+
+def _shapes(packed: Sequence[Decision]) -> dict[str, str]:
+    """The shapes of 4-bit and 2-bit weights, which those of their arrays do not tell; models know them, and
+    `weightpack` reads them here."""
+    shapes = {d.entry.name: d.entry.shape for d in packed if d.result in _WITHOUT_SHAPES}
+    return {SHAPES: json.dumps(shapes)} if shapes else {}
 
 
 def _leaf(path: str) -> str:

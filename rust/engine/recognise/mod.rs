@@ -183,7 +183,7 @@ impl Sources<'_> {
                     let fits = match component.span {
                         Span::WholeAtMost => true,
                         // Readers accept the packed bytes viewed as any other type.
-                        Span::Blocks { .. } | Span::Whole => {
+                        Span::Blocks { .. } | Span::Repeated { .. } | Span::Whole => {
                             part.entry.bytes == expected || component.suffix.contains("quant_state")
                         }
                     };

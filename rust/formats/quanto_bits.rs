@@ -1,0 +1,526 @@
+//! optimum-quanto's 4-bit and 2-bit weights: codes with a scale and a shift for every group of a row, the
+//! codes of two or four groups that are far apart in one byte.
+//!
+//! A weight of shape \[N, …\] called `m.weight`, of type T (F32, F16 or BF16), has rows of K weights, all that
+//! shares the first index. It is seen as R groups of G weights: G is the largest of 128, 96, 64 and 32 that
+//! divides K if K is more than 128, and otherwise K, a whole row. b is 4 or 2, P = 8/b, H = ⌈R/P⌉:
+//!
+//! | array | type, shape | holds |
+//! |---|---|---|
+//! | `m.weight._data._data` | U8 \[H, G\], \[H, …\] for whole rows | group i + pH in bits pb … pb + b − 1 of row i |
+//! | `m.weight._scale` | T \[R, 1\], \[N, 1, …\] for whole rows | s |
+//! | `m.weight._shift` | as the scale | z |
+//! | `m.input_scale`, `m.output_scale` | T \[\] | 1: activations are not quantized |
+//!
+//! Encoding, per group, each step rounded to T: s = (max − min)/(2^b − 1), z = −min; q = (w + z)/s, to the
+//! nearest whole number limited to 0 … 2^b − 1, ties to even. Decoding: q·s − z, the product and the
+//! difference rounded to `f32`.
+//!
+//! Special cases:
+//! - 4-bit BF16 matrices of groups of 128: quanto holds them in the form of a kernel that has the middle of
+//!   the range in place of the shift. What it saves went through that: z' = 8s − (8s + min), each step
+//!   rounded. So it is here; codes are those of z.
+//! - Groups of one number: s = 0, codes 0. They decode to that number, zeros to zero.
+//! - Where s is rounded to 0 and the numbers differ (subnormal ones): the largest code, 0 for the least.
+//! - One group that is a whole matrix (R = 1): quanto takes a scale for every weight, which is 0, and
+//!   shifts that are the weights; the arrays have shape \[1, K\].
+//! - A group whose range T does not hold is refused: its scale would be infinite. So are weights that are
+//!   not finite.
+//! - Where the least of a group is zero and both zeros occur, which of them the shift has is not defined.
+//!
+//! Shapes of weights do not follow from those of the arrays where G is less than K.
+//!
+//! Encoding takes two passes, as scales and shifts of neighbours in a byte lie apart; tiles take the groups
+//! that share bytes together. Where P does not divide R the whole weight is one tile.
+//!
+//! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
+
+use super::rows8::{self, shortened, TO_WHOLE};
+use super::{
+    Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
+    Span,
+};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::{float, shape};
+
+/// Group sizes, the one that is taken first; rows of at most this many weights are one group.
+pub const GROUPS: [u64; 4] = [128, 96, 64, 32];
+
+/// One of the two formats.
+pub struct QuantoBits {
+    info: Info,
+    bits: u32,
+}
+
+pub static INT4: QuantoBits = QuantoBits::new("quanto:int4", 4, 4.25);
+pub static INT2: QuantoBits = QuantoBits::new("quanto:int2", 2, 2.25);
+
+impl QuantoBits {
+    const fn new(name: &'static str, bits: u32, bits_per_weight: f64) -> Self {
+        QuantoBits {
+            info: Info {
+                name,
+                short: None,
+                container: "safetensors",
+                exactness: Exactness::Exact,
+                peer: "optimum-quanto 0.2.7",
+                reader: "optimum-quanto, diffusers",
+                bits_per_weight,
+                encodes: Encodes::Always,
+            },
+            bits,
+        }
+    }
+
+    /// Codes in a byte.
+    fn parts(&self) -> u64 {
+        u64::from(8 / self.bits)
+    }
+
+    /// The largest code.
+    fn most(&self) -> f32 {
+        f32::from((1u8 << self.bits) - 1)
+    }
+
+    fn sizes(&self, shape: &[u64], params: &Params) -> Result<Sizes> {
+        let refused = |what: &str| {
+            Error::format(format!(
+                "{}: takes rows of weights, got {what}{shape:?}",
+                self.info.name
+            ))
+        };
+        let [rows, inner @ ..] = shape else {
+            return Err(refused("shape "));
+        };
+        let row_weights = shape::count_weights(inner)?;
+        if inner.is_empty() || row_weights == 0 {
+            return Err(refused("shape "));
+        }
+        let divides = |size: &u64| row_weights.is_multiple_of(*size);
+        let group = match row_weights > GROUPS[0] {
+            true => GROUPS.into_iter().find(divides),
+            false => None,
+        };
+        let weights = shape::count_weights(shape)?;
+        let groups = weights / group.unwrap_or(row_weights);
+        let is_alone = groups == 1;
+        let byte_rows = groups.div_ceil(self.parts());
+        let group_weights = group.unwrap_or(row_weights);
+        if is_alone && inner.len() > 1 {
+            return Err(refused("one group of shape "));
+        }
+        let dtype = rows8::compute_type(params.dtype);
+        Ok(Sizes {
+            group: group_weights,
+            is_whole_row: group.is_none(),
+            groups,
+            byte_rows,
+            code_bytes: shape::multiply(byte_rows, group_weights, "bytes of codes")?,
+            scaled: if is_alone {
+                1
+            } else {
+                group.unwrap_or(row_weights)
+            },
+            scales: if is_alone { weights } else { groups },
+            is_through_middle: self.bits == 4
+                && dtype == Dtype::BF16
+                && group == Some(GROUPS[0])
+                && *rows > 0
+                && inner.len() == 1,
+            dtype,
+        })
+    }
+
+    fn sizes_of(&self, layout: &Layout) -> Result<Sizes> {
+        self.sizes(&layout.shape, &layout.params)
+    }
+
+    /// The codes of a tile of groups, `number` being the first one's in the order of encoding: row of
+    /// bytes, counted from the first of the tile, and bit.
+    fn place(&self, fold: Option<Fold>, sizes: &Sizes, number: u64, index: u64) -> (u64, u32) {
+        let (row, part) = match fold {
+            Some(fold) => (index / fold.parts(), index % fold.parts()),
+            None => {
+                let group = number + index;
+                let rows = sizes.byte_rows.max(1);
+                (group % rows, group / rows)
+            }
+        };
+        (row, part as u32 * self.bits)
+    }
+}
+
+/// How a weight is divided.
+struct Sizes {
+    /// Weights of a group.
+    group: u64,
+    /// Whether a group is a row.
+    is_whole_row: bool,
+    groups: u64,
+    /// Rows of bytes.
+    byte_rows: u64,
+    /// Bytes of all codes.
+    code_bytes: u64,
+    /// Weights that share a scale, and the number of scales.
+    scaled: u64,
+    scales: u64,
+    /// Whether the shift is stored by way of the middle of the range.
+    is_through_middle: bool,
+    /// Type of scales and shifts, in which everything is computed.
+    dtype: Dtype,
+}
+
+impl Sizes {
+    fn scale_bytes(&self) -> u64 {
+        self.dtype.alignment()
+    }
+
+    /// The shift that is stored.
+    fn stored_shift(&self, scale: f32, shift: f32) -> f32 {
+        if !self.is_through_middle {
+            return shift;
+        }
+        let half = rows8::round_to(self.dtype, 8.0 * scale);
+        let middle = rows8::round_to(self.dtype, -shift + half);
+        rows8::round_to(self.dtype, half - middle)
+    }
+
+    /// Scale and shift number `number` of the statistics.
+    fn read(&self, statistics: &[u8], number: u64) -> Result<(f32, f32)> {
+        let pair = self.scale_bytes() * 2;
+        let start = shape::to_usize(number * pair)?;
+        let bytes = statistics.get(start..start + shape::to_usize(pair)?);
+        let mut found = [0.0; 2];
+        float::widen(self.dtype, bytes.ok_or_else(cut_short)?, &mut found, false)?;
+        let [scale, shift] = found;
+        Ok((scale, shift))
+    }
+}
+
+fn cut_short() -> Error {
+    Error::Internal(String::from("scales and shifts are cut short"))
+}
+
+impl Format for QuantoBits {
+    fn info(&self) -> &'static Info {
+        match self.bits {
+            4 => &INT4.info,
+            _ => &INT2.info,
+        }
+    }
+
+    fn layout(&self, shape: &[u64], params: &Params) -> Result<Layout> {
+        params.refuse_choices(self.info.name, None)?;
+        let sizes = self.sizes(shape, params)?;
+        let inner = shape.get(1..).unwrap_or_default();
+        let rest: &[u64] = if sizes.is_whole_row {
+            inner
+        } else {
+            &[sizes.group]
+        };
+        let ones: Vec<u64> = match sizes.scaled {
+            1 => rest.to_vec(),
+            _ => rest.iter().map(|_| 1).collect(),
+        };
+        let scale_bytes = sizes.scale_bytes();
+        let scales = |suffix: &'static str| Component {
+            suffix: suffix.into(),
+            naming: Naming::Appended,
+            dtype: sizes.dtype,
+            shape: [&[sizes.groups], ones.as_slice()].concat(),
+            span: Span::Blocks {
+                weights: sizes.scaled,
+                bytes: scale_bytes,
+            },
+        };
+        let activation = |suffix: &'static str| Component {
+            suffix: suffix.into(),
+            naming: Naming::Sibling,
+            dtype: sizes.dtype,
+            shape: Vec::new(),
+            span: Span::Whole,
+        };
+        Ok(Layout {
+            shape: shape.to_vec(),
+            weights: shape::count_weights(shape)?,
+            params: params.clone(),
+            components: vec![
+                Component {
+                    suffix: "_data._data".into(),
+                    naming: Naming::Appended,
+                    dtype: Dtype::U8,
+                    shape: [&[sizes.byte_rows], rest].concat(),
+                    span: Span::Repeated {
+                        weights: sizes.group,
+                        bytes: sizes.group,
+                        period: sizes.code_bytes,
+                    },
+                },
+                scales("_scale"),
+                scales("_shift"),
+                activation("input_scale"),
+                activation("output_scale"),
+            ],
+            unit_weights: sizes.group,
+            statistics: None,
+        })
+    }
+
+    fn encoding(&self, layout: &Layout) -> Result<Layout> {
+        let sizes = self.sizes_of(layout)?;
+        let mut layout = layout.clone();
+        let (weights, bytes) = match self.fold(&layout) {
+            Some(fold) => (sizes.group * fold.parts(), sizes.group),
+            None => (layout.weights.max(1), sizes.code_bytes),
+        };
+        for component in &mut layout.components {
+            component.span = match component.span {
+                Span::Repeated { .. } => Span::Blocks { weights, bytes },
+                _ => Span::Whole,
+            };
+        }
+        layout.unit_weights = weights;
+        layout.statistics = Some(Span::Blocks {
+            weights: sizes.scaled,
+            bytes: sizes.scale_bytes() * 2,
+        });
+        Ok(layout)
+    }
+
+    fn fold(&self, layout: &Layout) -> Option<Fold> {
+        let sizes = self.sizes_of(layout).ok()?;
+        Fold::new(sizes.group, sizes.groups, self.parts())
+    }
+
+    fn measure(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: &[f32],
+        statistics: &mut [u8],
+    ) -> Result<()> {
+        let sizes = self.sizes_of(layout)?;
+        let (count, pair) = (
+            shape::to_usize(sizes.scaled)?,
+            shape::to_usize(sizes.scale_bytes() * 2)?,
+        );
+        let groups = weights
+            .chunks_exact(count)
+            .zip(statistics.chunks_exact_mut(pair));
+        for (number, (weights, place)) in groups.enumerate() {
+            let (least, greatest) = range_of(weights);
+            let range = rows8::round_to(sizes.dtype, greatest - least);
+            if range.is_infinite() {
+                let index = first + (number * count) as u64;
+                let index = self.fold(layout).map_or(index, |fold| fold.weight(index));
+                return Err(Error::format(format!(
+                    "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that {} does not hold",
+                    self.info.name,
+                    index + sizes.scaled,
+                    sizes.dtype
+                )));
+            }
+            let scale = rows8::round_to(sizes.dtype, range / self.most());
+            float::narrow(sizes.dtype, &[scale, -least], place)?;
+        }
+        Ok(())
+    }
+
+    fn encode(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: &[f32],
+        statistics: &[u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        let sizes = self.sizes_of(layout)?;
+        let [codes, ..] = parts;
+        if sizes.scaled == 1 {
+            codes.fill(0);
+            return Ok(());
+        }
+        let (fold, number) = (self.fold(layout), first / sizes.group);
+        let group = shape::to_usize(sizes.group)?;
+        for (index, weights) in (0..).zip(weights.chunks_exact(group)) {
+            let (row, bit) = self.place(fold, &sizes, number, index);
+            let start = shape::to_usize(row)? * group;
+            let codes = codes.get_mut(start..start + group).ok_or_else(cut_short)?;
+            let (scale, shift) = sizes.read(statistics, number + index)?;
+            let most = self.most();
+            match sizes.dtype {
+                Dtype::BF16 => put(codes, weights, bit, |weight| {
+                    let sum = shortened::<16>(weight + shift);
+                    nearest(shortened::<16>(sum / scale), most)
+                }),
+                Dtype::F16 => put(codes, weights, bit, |weight| {
+                    let sum = shortened::<13>(weight + shift);
+                    nearest(shortened::<13>(sum / scale), most)
+                }),
+                _ => put(codes, weights, bit, |weight| {
+                    nearest((weight + shift) / scale, most)
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(
+        &self,
+        layout: &Layout,
+        first: u64,
+        parts: &Parts<'_>,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let sizes = self.sizes_of(layout)?;
+        let [codes, scales, shifts, ..] = *parts;
+        let group = shape::to_usize(sizes.group)?;
+        let scaled = shape::to_usize(sizes.scaled)?;
+        let bytes = shape::to_usize(sizes.scale_bytes())?;
+        let each = bytes * (group / scaled);
+        let groups = weights
+            .chunks_exact_mut(group)
+            .zip(codes.chunks_exact(group))
+            .zip(scales.chunks_exact(each).zip(shifts.chunks_exact(each)));
+        for (number, ((weights, codes), (scales, shifts))) in (first / sizes.group..).zip(groups) {
+            let bit = (number / sizes.byte_rows.max(1)) as u32 * self.bits;
+            let runs = weights
+                .chunks_exact_mut(scaled)
+                .zip(codes.chunks_exact(scaled))
+                .zip(scales.chunks_exact(bytes).zip(shifts.chunks_exact(bytes)));
+            for ((weights, codes), (scale, shift)) in runs {
+                let (mut s, mut z) = ([0.0], [0.0]);
+                float::widen(sizes.dtype, scale, &mut s, false)?;
+                float::widen(sizes.dtype, shift, &mut z, false)?;
+                self.take(codes, bit, s[0], z[0], weights);
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_encoded(
+        &self,
+        layout: &Layout,
+        first: u64,
+        parts: &Parts<'_>,
+        statistics: &[u8],
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let sizes = self.sizes_of(layout)?;
+        let [codes, ..] = *parts;
+        let (fold, number) = (self.fold(layout), first / sizes.group);
+        let (group, scaled) = (
+            shape::to_usize(sizes.group)?,
+            shape::to_usize(sizes.scaled)?,
+        );
+        for (index, weights) in (0..).zip(weights.chunks_exact_mut(group)) {
+            let (row, bit) = self.place(fold, &sizes, number, index);
+            let start = shape::to_usize(row)? * group;
+            let codes = codes.get(start..start + group).ok_or_else(cut_short)?;
+            let mut scale_number = (number + index) * (sizes.group / sizes.scaled);
+            for (weights, codes) in weights
+                .chunks_exact_mut(scaled)
+                .zip(codes.chunks_exact(scaled))
+            {
+                let (scale, shift) = sizes.read(statistics, scale_number)?;
+                let shift = sizes.stored_shift(scale, shift);
+                self.take(codes, bit, scale, shift, weights);
+                scale_number += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn whole(&self, layout: &Layout, statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
+        let sizes = self.sizes_of(layout)?;
+        let bytes = shape::to_usize(sizes.scale_bytes())?;
+        let mut one = vec![0; bytes];
+        float::narrow(sizes.dtype, &[1.0], &mut one)?;
+        let mut whole = vec![(3, one.clone()), (4, one)];
+        if statistics.is_empty() {
+            return Ok(whole);
+        }
+        let fold = self.fold(layout);
+        let mut scales = vec![0; shape::to_usize(sizes.scales)? * bytes];
+        let mut shifts = scales.clone();
+        for number in 0..sizes.scales {
+            let (scale, shift) = sizes.read(statistics, number)?;
+            let place = fold.map_or(number, |fold| fold.row(number));
+            let place = shape::to_usize(place)? * bytes;
+            for (array, value) in [
+                (&mut scales, scale),
+                (&mut shifts, sizes.stored_shift(scale, shift)),
+            ] {
+                let place = array.get_mut(place..place + bytes).ok_or_else(cut_short)?;
+                float::narrow(sizes.dtype, &[value], place)?;
+            }
+        }
+        whole.extend([(1, scales), (2, shifts)]);
+        Ok(whole)
+    }
+}
+
+impl QuantoBits {
+    /// Weights of the codes that begin at bit `bit` of each byte.
+    fn take(&self, codes: &[u8], bit: u32, scale: f32, shift: f32, weights: &mut [f32]) {
+        let mask = (1u8 << self.bits) - 1;
+        for (weight, code) in weights.iter_mut().zip(codes) {
+            *weight = f32::from(code >> bit & mask) * scale - shift;
+        }
+    }
+}
+
+/// The least and the greatest of some weights.
+fn range_of(weights: &[f32]) -> (f32, f32) {
+    // Several at a time, so that one comparison does not wait for the other.
+    let (runs, rest) = weights.as_chunks::<16>();
+    let mut least = [f32::INFINITY; 16];
+    let mut greatest = [f32::NEG_INFINITY; 16];
+    for run in runs {
+        for ((least, greatest), &weight) in least.iter_mut().zip(&mut greatest).zip(run) {
+            *least = if weight < *least { weight } else { *least };
+            *greatest = if weight > *greatest {
+                weight
+            } else {
+                *greatest
+            };
+        }
+    }
+    let least = least.iter().chain(rest);
+    let greatest = greatest.iter().chain(rest);
+    (
+        least.fold(
+            f32::INFINITY,
+            |most, &next| if next < most { next } else { most },
+        ),
+        greatest.fold(
+            f32::NEG_INFINITY,
+            |most, &next| if next > most { next } else { most },
+        ),
+    )
+}
+
+/// The nearest whole number up to `most`, ties to even; 0 for what is no number.
+#[inline(always)]
+fn nearest(value: f32, most: f32) -> u8 {
+    (value.clamp(0.0, most) + TO_WHOLE).to_bits() as u8
+}
+
+/// Puts a code for each weight to bit `bit` of its byte; those of bit 0 clear the rest of it.
+#[inline(always)]
+fn put(codes: &mut [u8], weights: &[f32], bit: u32, code: impl Fn(f32) -> u8) {
+    for (codes, weights) in codes.chunks_mut(64).zip(weights.chunks(64)) {
+        let mut found = [0; 64];
+        for (found, &weight) in found.iter_mut().zip(weights) {
+            *found = code(weight);
+        }
+        for (place, found) in codes.iter_mut().zip(found) {
+            *place = if bit == 0 {
+                found
+            } else {
+                *place | found << bit
+            };
+        }
+    }
+}
