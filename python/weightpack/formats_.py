@@ -51,8 +51,9 @@ def quantize(
     Gives the stored arrays by component, `""` being the main one, under the names they have in a
     file: for `nf4` `""`, `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, and with
     `double_quant` also `nested_absmax` and `nested_quant_map`; for `bitsandbytes:int8` `""`, `SCB`,
-    `weight_format`; for torchao `qdata`, `scale` and, of integers, `zero_point`; for quanto `_data` (`_data._data` and `_shift` of
-    4 and 2 bits), `_scale`, `input_scale`, `output_scale`. GGUF types give uint8 rows of whole blocks.
+    `weight_format`; for torchao `qdata`, `scale` and, of integers, `zero_point`; for quanto `_data`, `_scale`,
+    `input_scale`, `output_scale`, and with 4 and 2 bits `_data._data` and `_shift`. GGUF types give uint8 rows of
+    whole blocks.
 
     Raises `FormatError` for an array that the format cannot take, `ConfigError` for parameters it
     does not have, `UnsupportedError` for a format that does not exist.

@@ -19,7 +19,8 @@
 //! Special cases:
 //! - 4-bit BF16 matrices of groups of 128: quanto holds them in the form of a kernel that has the middle of
 //!   the range in place of the shift. What it saves went through that: z' = 8s − (8s + min), each step
-//!   rounded. So it is here; codes are those of z.
+//!   rounded. So it is here; codes are those of z. For matrices whose rows are no multiple of 16, which quanto
+//!   fails to pack, z is stored.
 //! - Groups of one number: s = 0, codes 0. They decode to that number, zeros to zero.
 //! - Where s is rounded to 0 and the numbers differ (subnormal ones): the largest code, 0 for the least.
 //! - One group that is a whole matrix (R = 1): quanto takes a scale for every weight, which is 0, and
@@ -55,6 +56,9 @@ pub struct QuantoBits {
 
 pub static INT4: QuantoBits = QuantoBits::new("quanto:int4", 4, 4.25);
 pub static INT2: QuantoBits = QuantoBits::new("quanto:int2", 2, 2.25);
+
+/// Rows that quanto's kernel takes together.
+const KERNEL_ROWS: u64 = 16;
 
 impl QuantoBits {
     const fn new(name: &'static str, bits: u32, bits_per_weight: f64) -> Self {
@@ -126,7 +130,7 @@ impl QuantoBits {
             is_through_middle: self.bits == 4
                 && dtype == Dtype::BF16
                 && group == Some(GROUPS[0])
-                && *rows > 0
+                && rows.is_multiple_of(KERNEL_ROWS)
                 && inner.len() == 1,
             dtype,
         })

@@ -1,4 +1,4 @@
-"""Makes the golden vectors of torchao's and quanto's rows of bytes.
+"""Makes the golden vectors of torchao's rows of bytes and of quanto's types.
 
     python tests/vectors/make_rows8.py
 
@@ -13,7 +13,12 @@ import torch
 from make import HERE, normal
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-STORED = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", **{dtype: name for name, dtype in TYPES.items()}}
+STORED = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    **{dtype: name for name, dtype in TYPES.items()},
+}
 
 
 def raw(tensor):
@@ -89,15 +94,21 @@ def grouped_cases():
 
 
 def quanto(form, weight):
-    from optimum.quanto import QLinear, qfloat8, qint8
+    from optimum.quanto import QLinear, qtypes
 
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    layer = QLinear.from_module(layer, weights=qint8 if form == "int8" else qfloat8)
+    layer = QLinear.from_module(layer, weights=qtypes[f"q{form}"])
     layer.freeze()
     parts = {name.removeprefix("weight."): part for name, part in layer.state_dict().items()}
     # Its own decoding rounds to the type of the weights; vectors are in float32.
-    return parts, parts["_data"].float() * parts["_scale"].float()
+    scale = parts["_scale"].float()
+    if "_data" in parts:
+        return parts, parts["_data"].float() * scale
+    bits = int(form.removeprefix("int"))
+    packed = parts["_data._data"]
+    codes = torch.cat([packed >> bit & 2**bits - 1 for bit in range(0, 8, bits)])[: len(scale)]
+    return parts, (codes.float() * scale - parts["_shift"].float()).reshape(weight.shape)
 
 
 def cases(backend, pack):
@@ -111,13 +122,28 @@ def cases(backend, pack):
             yield case("rows of all sizes", f"{backend}:{form}", dtype, weight, *pack(form, weight))
 
 
+def groups():
+    """quanto's 4-bit and 2-bit types, which may divide rows into groups."""
+    shapes = {"small groups": (3, 160), "rows": (8, 48), "uneven rows": (5, 40), "one row": (1, 24)}
+    for form in ("int4", "int2"):
+        for dtype, torch_dtype in TYPES.items():
+            # The kernel that quanto keeps such weights for takes sixteen rows.
+            rows = 16 if (form, dtype) == ("int4", "BF16") else 2
+            for note, shape in {"groups": (rows, 256), **shapes}.items():
+                weight = torch.from_numpy(normal(shape[0] * shape[1], 2)).reshape(shape).to(torch_dtype)
+                weight[-1, : shape[1] // 2] *= 2.0**-9
+                if len(weight) > 2:
+                    weight[2] = 0.25
+                yield case(note, f"quanto:{form}", dtype, weight, *quanto(form, weight))
+
+
 def main():
     for backend, package, pack in (("torchao", "torchao", torchao), ("quanto", "optimum-quanto", quanto)):
         file = {
             "peer": package,
             "version": version(package),
             "recipe": "tests/vectors/make_rows8.py",
-            "cases": [*cases(backend, pack), *(grouped_cases() if backend == "torchao" else ())],
+            "cases": [*cases(backend, pack), *(grouped_cases() if backend == "torchao" else groups())],
         }
         (HERE / f"{backend}.json").write_text(json.dumps(file, indent=1) + "\n")
 
