@@ -422,15 +422,14 @@ impl Format for QuantoBits {
             let (row, bit) = self.place(fold, &sizes, number, index);
             let start = shape::to_usize(row)? * group;
             let codes = codes.get(start..start + group).ok_or_else(cut_short)?;
-            let mut scale_number = (number + index) * (sizes.group / sizes.scaled);
-            for (weights, codes) in weights
+            let first = (number + index) * (sizes.group / sizes.scaled);
+            let runs = weights
                 .chunks_exact_mut(scaled)
-                .zip(codes.chunks_exact(scaled))
-            {
-                let (scale, shift) = sizes.read(statistics, scale_number)?;
+                .zip(codes.chunks_exact(scaled));
+            for (scale, (weights, codes)) in (first..).zip(runs) {
+                let (scale, shift) = sizes.read(statistics, scale)?;
                 let shift = sizes.stored_shift(scale, shift);
                 self.take(codes, bit, scale, shift, weights);
-                scale_number += 1;
             }
         }
         Ok(())
