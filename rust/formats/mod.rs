@@ -18,11 +18,11 @@ pub mod bnb4;
 mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
-mod fold;
 #[doc(hidden)]
 pub mod e2m1;
 #[doc(hidden)]
 pub mod experts;
+mod fold;
 #[doc(hidden)]
 pub mod fp4;
 #[doc(hidden)]
@@ -59,6 +59,7 @@ pub mod quanto_bits;
 pub mod rows8;
 #[doc(hidden)]
 pub mod scaled;
+mod span;
 #[doc(hidden)]
 pub mod torchao;
 #[doc(hidden)]
@@ -77,6 +78,7 @@ pub use bnb4_state::{read_quant_state, QuantState};
 pub use fold::Fold;
 pub use grid::Grid;
 pub use grouped::Integers;
+pub use span::Span;
 pub use validity::first_invalid;
 
 pub use crate::kernels::ErrorSums;
@@ -208,65 +210,6 @@ impl Params {
             return Err(Error::config(format!("{format}: has no double_quant")));
         }
         Ok(())
-    }
-}
-
-/// How the bytes of a component follow from the weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Span {
-    /// Every `weights` weights in memory order take `bytes` bytes; a last partial run takes
-    /// `bytes` as well.
-    Blocks {
-        /// Weights per run.
-        weights: u64,
-        /// Bytes per run.
-        bytes: u64,
-    },
-    /// As [`Span::Blocks`], in an array that begins anew after its last byte, as weights that are far
-    /// apart share bytes. Decoded only: see [`Format::encoding`].
-    Repeated {
-        /// Weights per run.
-        weights: u64,
-        /// Bytes per run.
-        bytes: u64,
-        /// Bytes of the array, a multiple of `bytes`.
-        period: u64,
-    },
-    /// One array for the whole tensor, known once the tensor is encoded.
-    Whole,
-    /// As [`Span::Whole`], and its length is only known then: the layout's length is the most.
-    WholeAtMost,
-}
-
-impl Span {
-    /// Byte range of the weights `first..first + count`; empty for whole-tensor arrays. `first`
-    /// must be a multiple of the run length. Bytes of a repeated array are counted on from one turn
-    /// to the next.
-    pub fn range(self, first: u64, count: u64) -> std::ops::Range<u64> {
-        match self {
-            Span::Blocks { weights, bytes } | Span::Repeated { weights, bytes, .. } => {
-                let start = first / weights;
-                start * bytes..(start + count.div_ceil(weights)) * bytes
-            }
-            Span::Whole | Span::WholeAtMost => 0..0,
-        }
-    }
-
-    /// Whether this component is cut into tiles.
-    pub fn is_sliced(self) -> bool {
-        matches!(self, Span::Blocks { .. } | Span::Repeated { .. })
-    }
-
-    /// The bytes of a repeated array, and the weights that one turn of it holds.
-    pub fn turn(self) -> Option<(u64, u64)> {
-        match self {
-            Span::Repeated {
-                weights,
-                bytes,
-                period,
-            } if period > 0 => Some((period, (period / bytes.max(1)).saturating_mul(weights))),
-            _ => None,
-        }
     }
 }
 
