@@ -27,8 +27,8 @@
 //! Special cases:
 //! - NVFP4, g = 0 (a tensor of zeros, or of the least subnormals): g = 1, scales 2⁻⁶ and codes of zero.
 //!   torchao stores NaN in the scales.
-//! - NVFP4, (1/g)/s beyond `f32` (a < 6·10⁻³⁴): codes of zero. torchao stores codes of 6, and of 6 for
-//!   zeros as well.
+//! - NVFP4, (1/g)/s beyond `f32` (a < 6·10⁻³⁴): codes of zero. torchao stores codes of 6, and of −1½ for
+//!   zeros.
 //! - MX blocks with exponent −127 (m < p·2⁻¹²⁷, and zeros): their weights are not scaled, as in torchao, so
 //!   that all codes are those of zero.
 //! - Rows are whole blocks. For NVFP4 torchao's config wants the number of rows to be a multiple of 16 as

@@ -5,7 +5,7 @@ Differences that are meant to be:
 | case | peer | weightpack |
 |---|---|---|
 | nvfp4, a/2688 = 0 for the largest weight a | scales of NaN | a tensor scale of 1, codes of zero |
-| nvfp4, the reciprocal of a block's scale is beyond f32 | codes of 6 for all weights, zeros too | codes of zero |
+| nvfp4, the reciprocal of a block's scale is beyond f32 | codes of 6, and of -1.5 for zeros | codes of zero |
 | nvfp4, rows that are no multiple of 16 | refused by the config, not by the tensor | packed |
 | float16, and float32 for mx by its config | refused | packed as float32 is |
 | weights that are not finite | the largest code, or NaN | refused |
