@@ -61,7 +61,7 @@ def torchao(name: str, weight: torch.Tensor) -> Peer:
         Float8WeightOnlyConfig,
         Int8WeightOnlyConfig,
         IntxWeightOnlyConfig,
-        PerGroup,
+        PerAxis,
         PerTensor,
         quantize_,
     )
@@ -78,7 +78,7 @@ def torchao(name: str, weight: torch.Tensor) -> Peer:
     }
     if name.startswith("intx"):
         width = getattr(torch, f"int{name.removeprefix('intx')}")
-        config = IntxWeightOnlyConfig(weight_dtype=width, granularity=PerGroup(32))
+        config = IntxWeightOnlyConfig(weight_dtype=width, granularity=PerAxis(0))
     else:
         config = configs[name]()
 
@@ -112,24 +112,54 @@ def quanto(name: str, weight: torch.Tensor) -> Peer:
 
 
 def modelopt(name: str, weight: torch.Tensor) -> Peer:
+    """Scales from magnitudes, and what the export packs with them."""
+    from modelopt.torch.export import quant_utils
     from modelopt.torch.quantization import qtensor
 
-    ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-        "nvfp4": (lambda: qtensor.NVFP4QTensor.quantize(weight, 16), {"block_sizes": {-1: 16}}),
-        "mxfp4": (lambda: qtensor.MXFP4QTensor.quantize(weight, 32), {"block_sizes": {-1: 32}}),
-        "fp8": (lambda: qtensor.FP8QTensor.quantize(weight), {}),
-        "fp8_row": (lambda: qtensor.FP8QTensor.quantize(weight, axis=0), {}),
-        "fp8_block": (lambda: qtensor.FP8QTensor.quantize(weight, block_sizes={-1: 128, -2: 128}), {}),
-        "int8": (lambda: qtensor.INT8QTensor.quantize(weight, axis=0), {}),
+    if name == "nvfp4":
+        return Peer(
+            lambda: qtensor.NVFP4QTensor.quantize(weight, 16),
+            lambda packed: packed[0]._quantized_data,
+            lambda packed: packed[0].dequantize(scale=packed[1], double_scale=packed[2], block_sizes={-1: 16}),
+        )
+    if name == "mxfp4":
+        return Peer(
+            lambda: qtensor.MXFP4QTensor.quantize(weight, 32),
+            lambda packed: packed[0]._quantized_data,
+            lambda packed: packed[0].dequantize(scale=packed[1], block_sizes={-1: 32}),
+        )
+    rows, columns = weight.shape
+    tiles = weight.view(rows // 128, 128, columns // 128, 128)
+    ways: dict[str, tuple[str, Callable[[], torch.Tensor], int | None]] = {
+        "fp8": (quant_utils.QUANTIZATION_FP8, lambda: weight.abs().amax().float() / 448, None),
+        "fp8_row": (quant_utils.QUANTIZATION_FP8_PC_PT, lambda: weight.abs().amax(1).float() / 448, None),
+        "fp8_block": (
+            quant_utils.QUANTIZATION_FP8_PB_WO,
+            lambda: tiles.abs().amax((1, 3), keepdim=True).float() / 448,
+            128,
+        ),
+        "int8": (quant_utils.QUANTIZATION_INT8_SQ, lambda: weight.abs().amax(1).float() / 127, None),
+        "int4": (
+            quant_utils.QUANTIZATION_INT4_AWQ,
+            lambda: weight.view(rows, -1, 128).abs().amax(-1).float() / 7,
+            128,
+        ),
     }
-    encode, facts = ways[name]
+    kind, scale_of, block = ways[name]
+
+    def encode() -> Any:
+        scale = scale_of()
+        return quant_utils.to_quantized_weight(weight, scale, kind, block_size=block), scale
 
     def decode(packed: Any) -> Any:
-        if name == "nvfp4":
-            return packed[0].dequantize(scale=packed[1], double_scale=packed[2], **facts)
-        return packed[0].dequantize(scale=packed[1], **facts)
+        codes, scale = packed
+        if name == "int4":
+            raise NotImplementedError("the export is not read by ModelOpt")
+        if name == "fp8_block":
+            return (codes.view(tiles.shape).to(weight.dtype) * scale).view(weight.shape)
+        return codes.to(weight.dtype) * (scale if scale.dim() == 0 else scale[:, None])
 
-    return Peer(encode, lambda packed: packed[0]._quantized_data, decode)
+    return Peer(encode, lambda packed: packed[0], decode)
 
 
 def fp8(name: str, weight: torch.Tensor) -> Peer:
