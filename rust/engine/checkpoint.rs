@@ -86,6 +86,17 @@ pub struct Tensor {
     pub packed: Option<(&'static dyn Format, Layout)>,
     /// Stored arrays: for packed tensors in the order of the layout's components, otherwise one.
     pub parts: Vec<Option<Stored>>,
+    /// What files hold in its place, for one whose weights are decoded before anything else is done.
+    pub origin: Option<Origin>,
+}
+
+/// What decoded weights were made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The names of its formats.
+    pub formats: String,
+    /// Bytes that files hold of it.
+    pub bytes: u64,
 }
 
 impl Tensor {
@@ -105,6 +116,14 @@ impl Tensor {
     /// Bytes of all stored arrays.
     pub fn stored_bytes(&self) -> u64 {
         self.stored().map(|stored| stored.entry.bytes).sum()
+    }
+
+    /// Bytes that files hold of it.
+    pub fn file_bytes(&self) -> u64 {
+        match &self.origin {
+            Some(origin) => origin.bytes,
+            None => self.stored_bytes(),
+        }
     }
 
     /// The main array.
@@ -375,5 +394,6 @@ pub(super) fn plain_tensor(array: Stored) -> Result<Tensor> {
         dtype: entry.dtype,
         packed,
         parts: vec![Some(array)],
+        origin: None,
     })
 }

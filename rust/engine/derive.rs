@@ -11,9 +11,10 @@ use crate::formats::Fold;
 use crate::io::Entry;
 use crate::shape;
 
-use super::checkpoint::{plain_tensor, Checkpoint, Made, Stored, Tensor};
+use super::checkpoint::{plain_tensor, Checkpoint, Made, Origin, Stored, Tensor};
 use super::decoded::Decoded;
 use super::gather::{Gather, Order};
+use super::plan::source_name;
 use super::request::{Assignment, Rows};
 use super::transpose::Transposed;
 
@@ -166,8 +167,28 @@ fn join(
     if !as_stored {
         let is_one = sources.iter().all(|source| source.dtype == first.dtype);
         tensor.dtype = if is_one { first.dtype } else { Dtype::F32 };
+        tensor.origin = Some(origin(&sources, &runs));
     }
     Ok(tensor)
+}
+
+/// What files hold of the rows.
+fn origin(sources: &[&Tensor], runs: &[Run<'_>]) -> Origin {
+    let mut formats: Vec<String> = Vec::new();
+    let mut bytes = 0u64;
+    for (source, run) in sources.iter().zip(runs) {
+        let name = source_name(source);
+        if !formats.contains(&name) {
+            formats.push(name);
+        }
+        let rows = row_of(source).map_or(1, |(rows, _)| rows.max(1));
+        let part = u128::from(source.file_bytes()) * u128::from(run.count) / u128::from(rows);
+        bytes = bytes.saturating_add(u64::try_from(part).unwrap_or(u64::MAX));
+    }
+    Origin {
+        formats: formats.join(", "),
+        bytes,
+    }
 }
 
 /// Whether rows of `source` stand behind rows of `first` as they are stored.
@@ -187,7 +208,7 @@ fn stored_rows(source: &Tensor) -> Result<Cow<'_, Stored>> {
         Some(array) => Ok(Cow::Borrowed(array)),
         None => Err(Error::unsupported(format!(
             "rows of {} are not joined as they are stored, in several arrays",
-            super::plan::source_name(source)
+            source_name(source)
         ))
         .hint("decode them: bf16, f16, f32 or another format in place of copy")),
     }

@@ -19,7 +19,7 @@ impl Plan {
             };
             tensors.push(json!({
                 "name": tensor.name, "as": planned.target, "shape": planned.shape(tensor), "from": from, "to": to,
-                "why": planned.why, "source_bytes": tensor.stored_bytes(), "output_bytes": self.target_bytes(planned),
+                "why": planned.why, "source_bytes": tensor.file_bytes(), "output_bytes": self.target_bytes(planned),
                 "file": self.shards.get(planned.shard).map(|shard| &shard.path), "copied": copied,
             }));
         }

@@ -211,12 +211,12 @@ impl Plan {
         }
     }
 
-    /// Bytes that will be read from weights files.
+    /// Bytes of the tensors in the files that hold them.
     pub fn source_bytes(&self) -> u64 {
         self.tensors
             .iter()
             .filter_map(|planned| self.source(planned).ok())
-            .map(|(_, tensor)| tensor.stored_bytes())
+            .map(|(_, tensor)| tensor.file_bytes())
             .sum()
     }
 
@@ -445,9 +445,10 @@ impl Plan {
 
 /// What a tensor is stored as, for tables.
 pub fn source_name(tensor: &Tensor) -> String {
-    match &tensor.packed {
-        Some((format, _)) => format.info().name.to_owned(),
-        None => tensor.dtype.name(),
+    match (&tensor.origin, &tensor.packed) {
+        (Some(origin), _) => origin.formats.clone(),
+        (None, Some((format, _))) => format.info().name.to_owned(),
+        (None, None) => tensor.dtype.name(),
     }
 }
 

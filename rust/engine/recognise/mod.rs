@@ -233,6 +233,7 @@ impl Sources<'_> {
             dtype: layout.params.dtype,
             packed: Some((format, layout)),
             parts,
+            origin: None,
         })
     }
 
