@@ -5,7 +5,7 @@ of a request for the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,21 +51,16 @@ def joined(mapped: MappedTensor, by_name: Mapping[str, Entry]) -> Entry:
     first = sources[0]
     if mapped.is_renamed:
         return replace(first, name=mapped.name)
-    for entry in sources:
-        if entry.dtype != first.dtype or entry.format != first.format:
-            raise UnsupportedError(
-                f'"{mapped.name}" joins "{first.name}", stored as {first.dtype}, and "{entry.name}", '
-                f"stored as {entry.dtype}",
-                hint="convert the model to one type first",
-            )
-    count = sum(
+    counts = [
         _count(entry) - rows.first if rows.count is None else rows.count
         for rows, entry in zip(mapped.sources, sources, strict=True)
-    )
+    ]
     shape = mapped.shape
     if shape is None:
         is_whole = len(sources) == 1 and mapped.sources[0].is_whole
-        shape = first.shape if is_whole else (count, first.shape[-1]) if len(first.shape) > 1 else (count,)
+        shape = first.shape if is_whole else (sum(counts), first.shape[-1]) if len(first.shape) > 1 else (sum(counts),)
+    if any(entry.dtype != first.dtype or entry.format != first.format for entry in sources):
+        return _mixed(mapped.name, shape, sources, counts)
     weights = math.prod(shape)
     nbytes = first.nbytes * weights // first.weights if first.weights else 0
     return replace(
@@ -75,6 +70,34 @@ def joined(mapped: MappedTensor, by_name: Mapping[str, Entry]) -> Entry:
         nbytes=nbytes,
         weights=weights,
         parts=(Part(mapped.name, first.dtype, shape, nbytes),) if first.is_plain else first.parts,
+    )
+
+
+def _mixed(name: str, shape: tuple[int, ...], sources: Sequence[Entry], counts: Sequence[int]) -> Entry:
+    """Rows in different formats, as they are once they are decoded: in f32 where the types that this gives back
+    differ too. Of the formats, the first that packs is named."""
+    for entry in sources:
+        if not entry.is_float:
+            raise UnsupportedError(
+                f'"{name}" joins "{sources[0].name}", stored as {sources[0].dtype}, and "{entry.name}", '
+                f"stored as {entry.dtype}",
+                hint="convert the model to one type first",
+            )
+    packed = next((entry for entry in sources if not entry.is_plain), None)
+    dtypes = {entry.dtype for entry in sources}
+    dtype = sources[0].dtype if len(dtypes) == 1 else "F32"
+    weights = math.prod(shape)
+    nbytes = sum(entry.nbytes * count // max(_count(entry), 1) for entry, count in zip(sources, counts, strict=True))
+    return Entry(
+        name,
+        shape,
+        dtype,
+        FLOATS[dtype] if packed is None else packed.format,
+        nbytes,
+        weights,
+        (Part(name, dtype, shape, nbytes),) if packed is None else tuple(p for entry in sources for p in entry.parts),
+        sources[0].file,
+        is_mixed=True,
     )
 
 

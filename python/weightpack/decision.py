@@ -116,7 +116,8 @@ def pack(entry: Entry, target: Target, name: str, why: str) -> Decision:
     if entry.weights == 0:
         return keep(entry, target, "empty")
     params = params_for(entry, name, target)
-    if entry.format == name and not any(params.get(option) for option in ("block_size", "double_quant")):
+    is_chosen = any(params.get(option) for option in ("block_size", "double_quant"))
+    if entry.format == name and not entry.is_mixed and not is_chosen:
         return Decision(entry, COPY, f"{why}, packed already")
     reason = target.fits(name, entry.shape, params)
     if reason is not None:
@@ -128,7 +129,7 @@ def params_for(entry: Entry, name: str, target: Target) -> Mapping[str, Any]:
     """The options that format `name` takes for a tensor. One without a type of its own (GGUF blocks) is
     packed as if it had that of plain tensors."""
     chosen = {"block_size" if key == "group_size" else key: target.params[key] for key in _options(name, target)}
-    if name in _FOUR_BIT or name.startswith("gguf:") or entry.dtype in FLOATS:
+    if name.startswith("gguf:") or entry.dtype in FLOATS:
         return chosen
     return {**chosen, "dtype": target.plain.upper()}
 
@@ -140,18 +141,22 @@ def _options(name: str, target: Target) -> list[str]:
 
 def as_float(entry: Entry, name: str, why: str) -> Decision:
     """The tensor as plain numbers of type `name`."""
-    if entry.is_plain and FLOATS[entry.dtype] == name:
+    if entry.is_plain and not entry.is_mixed and FLOATS[entry.dtype] == name:
         return Decision(entry, COPY, why if why != "cast" else f"{name} already")
     return Decision(entry, name, why)
 
 
 def keep(entry: Entry, target: Target, why: str) -> Decision:
     """The tensor in source precision: its bytes, unless the container cannot hold them."""
-    if entry.is_plain:
+    if entry.is_plain and not entry.is_mixed:
         return Decision(entry, COPY, why)
     if entry.format is None:
         raise no_decoder(entry)
     backend = entry.format.partition(":")[0]
+    if entry.is_mixed:
+        if backend == "gguf":
+            raise no_copy(entry)
+        return Decision(entry, FLOATS[entry.dtype], f"{why}; joined from several types")
     if backend == "gguf" and target.container == "gguf":
         return Decision(entry, COPY, why)
     is_written = backend not in ("", "gguf") and find_format(entry.format).encodes != "never"
@@ -159,6 +164,15 @@ def keep(entry: Entry, target: Target, why: str) -> Decision:
         return Decision(entry, COPY, why)
     plain = target.plain if backend == "gguf" else FLOATS.get(entry.dtype, target.plain)
     return Decision(entry, plain, f"{why}; decoded from {entry.format}")
+
+
+def no_copy(entry: Entry) -> UnsupportedError:
+    """The refusal to leave rows of blocks as they are beside rows of another type."""
+    return UnsupportedError(
+        f'"{entry.name}" joins rows of several types, of which {entry.format} is one, and only rows of one type are '
+        "copied",
+        hint="convert the model to one type first",
+    )
 
 
 def no_decoder(entry: Entry) -> UnsupportedError:

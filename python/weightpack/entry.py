@@ -25,7 +25,8 @@ class Entry:
     `shape` is the logical shape, slowest dimension first. `format` is the full name of the format
     that decodes it, or `None` where none does (integers, unknown types). `dtype` is the element
     type that decoding gives back; for plain tensors and GGUF blocks the stored type. `nbytes` counts all stored
-    arrays, `parts`, of the tensor; `file` is the path of the file that holds it.
+    arrays, `parts`, of the tensor; `file` is the path of the file that holds it. One that `is_mixed` consists of
+    rows in different formats, which are decoded before they are one tensor, and never copied.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     weights: int
     parts: tuple[Part, ...] = ()
     file: str = ""
+    is_mixed: bool = False
 
     @property
     def is_plain(self) -> bool:

@@ -105,7 +105,7 @@ def packed(entry: Entry, target: Target, name: str, why: str) -> Decision:
         return keep(entry, target, why)
     choices = target.gguf
     is_block = (entry.format or "").startswith("gguf:")
-    if is_block and choices.from_gguf and name != entry.format and not choices.requantize:
+    if is_block and choices.from_gguf and (name != entry.format or entry.is_mixed) and not choices.requantize:
         raise UnsupportedError(
             f'tensor "{entry.name}" is packed as {entry.format} already, and would lose precision a second time as '
             f"{name}",

@@ -22,6 +22,7 @@ from .. import host_target
 from .._lazy import require
 from ..assembly import joined
 from ..checkpoint import Checkpoint
+from ..decision import no_copy
 from ..entry import FLOATS, Entry, Part
 from ..errors import UnsupportedError
 from ..gguf.reading import open as open_gguf
@@ -196,6 +197,8 @@ def _as_stored(checkpoint: Checkpoint, prefix: str) -> list[MappedTensor]:
 def _entry(tensor: MappedTensor, by_name: Mapping[str, Entry]) -> Entry:
     """What the loader is told of one tensor."""
     found = joined(tensor, by_name)
+    if found.is_mixed:
+        raise no_copy(found)
     if found.is_plain:
         return replace(found, parts=(Part(tensor.name, found.dtype, found.shape, found.nbytes),))
     if tensor.add is not None:
