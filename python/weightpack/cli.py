@@ -204,7 +204,8 @@ def diff(a: str, b: str, *, threads: int | None, as_json: bool, min_snr: float |
 @cli.command()
 @_shared
 def formats(*, as_json: bool) -> int:
-    """List every format and recipe: size, container, exactness, and which library reads the result."""
+    """List every format and recipe: size, whether it is read and written, container, exactness, and
+    which library reads the result. Every format that is read converts to every one that is written."""
     from .recipes import recipe_rows
     from .targets import format_table
 
@@ -212,11 +213,14 @@ def formats(*, as_json: bool) -> int:
         from dataclasses import asdict
 
         rows = {"formats": format_table(), "recipes": recipe_rows()}
-        click.echo(json.dumps({key: [asdict(row) for row in listed] for key, listed in rows.items()}, indent=2))
+        listed: dict[str, Any] = {key: [asdict(row) for row in found] for key, found in rows.items()}
+        listed["sources"] = [row.name for row in format_table()]
+        listed["targets"] = [row.name for row in format_table() if row.encodes != "never"]
+        click.echo(json.dumps(listed, indent=2))
     else:
         from . import tables
 
-        tables.show_formats((*format_table(), *recipe_rows()))
+        tables.show_formats(format_table(), recipe_rows())
     return DONE
 
 

@@ -219,6 +219,10 @@ def _options(
         if to not in ("nf4", read.default) and target.name != read.default:
             raise ConfigError(f'the recipe\'s default is {read.default}, and --to says "{to}"', hint="leave one out")
         target = recipes.find_target(read.default)
+    if target.encodes == "never":
+        raise UnsupportedError(
+            f"{target.name} is decoded by this version, and not written", hint="`weightpack formats` lists what is"
+        )
     rule_set = overrides.build(full_name, recipe=read, **patterns)
     formats = {target.name, *(rule.format for rule in rule_set.rules)}
     params: dict[str, Any] = {"double_quant": double_quant or None, "block_size": block_size, "group_size": group_size}
@@ -566,9 +570,9 @@ def _files(
             cast = options.to.name if options.to.name in CASTS else None
             section = None if host_config is None else host_config.section
             text = model_config.config_text(model.config, section, cast, model.weights.parent)
-            texts = {} if host_config is None else host_config.texts
-            files += [{"path": prefix + name, "text": one} for name, one in texts.items()]
             files.append({"path": f"{prefix}config.json", "text": text})
+        if host_config is not None:
+            files += [{"path": prefix + name, "text": one} for name, one in host_config.texts.items()]
         if model.folder is not None:
             carried, others = carried_files(model.folder, prefix)
             files += [{"path": item.path, "copy": str(item.source.absolute())} for item in carried]

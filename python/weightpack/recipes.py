@@ -282,7 +282,7 @@ def recipe_rows() -> tuple[FormatInfo, ...]:
                     "",
                     readers,
                     base.bits_per_weight,
-                    base.encodes,
+                    "with importance" if recipe.types & recipe.need_importance else base.encodes,
                 )
             )
     return tuple(rows)

@@ -126,24 +126,34 @@ def show_difference(report: DiffReport) -> None:
     )
 
 
-def show_formats(rows: Iterable[FormatInfo]) -> None:
-    """The table of formats."""
+def show_formats(formats: Sequence[FormatInfo], recipes: Sequence[FormatInfo]) -> None:
+    """The table of formats and recipes, and what converts to what."""
     _table(
-        ("format", "short", "bits/weight", "read/write", "stored in", "exactness", "read by"),
+        ("format", "short", "bits/weight", "read", "written", "stored in", "exactness", "equal to", "read by"),
         [
             (
                 row.name,
                 row.short or "",
                 f"{row.bits_per_weight:.4g}",
-                _ways(row.encodes),
+                "-" if row in recipes else "yes",
+                _WRITTEN[row.encodes],
                 row.container,
-                f"{row.exactness} {row.peer}".strip(),
+                row.exactness,
+                row.peer,
                 row.reader,
             )
-            for row in rows
+            for row in (*formats, *recipes)
         ],
         right=(2,),
     )
+    written = sum(row.encodes != "never" for row in formats)
+    _lines(
+        ("formats", f"{len(formats)} that are read, each of which converts to each of the {written} that are written"),
+        ("recipes", f"{len(recipes)}, of types for the tensors of one GGUF file"),
+    )
+
+
+_WRITTEN = {"always": "yes", "never": "no", "with importance": "with importance"}
 
 
 _WIDTH_OF_VALUES = 60
@@ -158,11 +168,6 @@ def _value(value: Any) -> str:
         return f"{value.get('type')}, {value.get('bytes')} bytes"
     text = " ".join((value if isinstance(value, str) else str(value)).split())
     return text if len(text) <= _WIDTH_OF_VALUES else text[: _WIDTH_OF_VALUES - 1] + "…"
-
-
-def _ways(encodes: str) -> str:
-    """What is done with a format, in a word."""
-    return {"always": "both", "never": "read"}.get(encodes, f"both, {encodes}")
 
 
 def show_demo(demo: Demo) -> None:

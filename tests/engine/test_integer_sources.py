@@ -12,44 +12,7 @@ from tests.conftest import write_safetensors
 from weightpack.checkpoint import native_checkpoint
 from weightpack.errors import CheckpointError, UnsupportedError
 
-AWQ_ROWS = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-def words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of each column [K, n] as a stream of bits along K, in 32-bit words [K·bits/32, n]."""
-    streams = ((codes[:, None, :] >> np.arange(bits)[None, :, None]) & 1).astype(np.uint8)
-    flat = streams.reshape(-1, codes.shape[1])
-    flat = np.pad(flat, ((0, -len(flat) % 32), (0, 0)))
-    powers = np.uint64(1) << np.arange(32, dtype=np.uint64)
-    return (flat.reshape(-1, 32, codes.shape[1]) * powers[None, :, None]).sum(1).astype(np.uint32).view(np.int32)
-
-
-def eights(codes: np.ndarray) -> np.ndarray:
-    """AWQ: [k, n] to words [k, n/8]."""
-    groups = codes.reshape(codes.shape[0], -1, 8)[:, :, AWQ_ROWS].astype(np.uint64)
-    return (groups << (4 * np.arange(8, dtype=np.uint64))).sum(-1).astype(np.uint32).view(np.int32)
-
-
-def made(seed: int, rows: int, columns: int, bits: int, group: int, scale: str):
-    """Codes [K, N], zeros [G, N] and scales [G, N] of a type, and the weight in float64 [N, K]."""
-    rng = np.random.default_rng(seed)
-    groups = -(-columns // group)
-    codes = rng.integers(0, 1 << bits, (columns, rows))
-    zeros = rng.integers(0, 1 << bits, (groups, rows))
-    scales = (rng.standard_normal((groups, rows)) * 0.02).astype(np.float32)
-    stored = scales if scale == "F32" else scales.astype(np.float16)
-    return codes, zeros, stored
-
-
-def weight(codes, zeros, scales, order) -> np.ndarray:
-    """(code - zero)·scale, [N, K], exactly."""
-    return ((codes - zeros[order]) * scales.astype(np.float64)[order]).T
-
-
-def part(dtype: str, array: np.ndarray):
-    """As `write_safetensors` takes it."""
-    array = np.ascontiguousarray(array)
-    return dtype, list(array.shape), array.tobytes()
+from .packed_sources import eights, made, part, weight, words
 
 
 def folder(tmp_path, tensors, section):
