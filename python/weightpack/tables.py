@@ -13,7 +13,7 @@ from .terminal import printable
 
 if TYPE_CHECKING:
     from .demo import Demo
-    from .report import CheckpointInfo, ConvertReport, DiffReport, ErrorStatistics
+    from .report import CheckpointInfo, ConvertReport, DiffReport, ErrorStatistics, TensorReport
     from .targets import FormatInfo
 
 _WIDTH_OF_FILES = 10_000
@@ -56,11 +56,10 @@ def show_conversion(report: ConvertReport) -> None:
         if len(worst) > WORST_SHOWN:
             _print(f"and {len(worst) - WORST_SHOWN} more with a smaller error (all of them with --json)")
     packed = [tensor for tensor in report.tensors if ":" in tensor.format]
-    copied = sum(1 for tensor in report.tensors if tensor.copied)
     error = report.error
     _lines(
-        ("tensors", f"{len(report.tensors)}, of which {len(packed)} packed and {copied} copied"),
-        ("bits per weight", f"{report.bits_per_weight:.2f}, packed ones {_bits(packed)}"),
+        ("tensors", _kinds(report.tensors)),
+        ("bits per weight", f"{report.bits_per_weight:.2f}" + (f", packed ones {_bits(packed)}" if packed else "")),
         ("SNR", "" if error is None else f"{_decibel(error.snr_db)} dB over all tensors that changed"),
         ("size", f"{show_size(report.source_bytes)} to {show_size(report.output_bytes)}"),
         ("resumed", show_size(report.resumed_bytes) if report.resumed_bytes else ""),
@@ -244,6 +243,17 @@ def _error(error: ErrorStatistics | None) -> tuple[str, str, str, str]:
 
 def _decibel(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.2f}"
+
+
+def _kinds(tensors: Sequence[TensorReport]) -> str:
+    """How many tensors there are, and what was done with how many; those that are copied may be packed ones."""
+    done = {
+        "packed": sum(":" in tensor.format for tensor in tensors),
+        "decoded": sum(":" in tensor.source_format and ":" not in tensor.format for tensor in tensors),
+        "copied": sum(tensor.copied for tensor in tensors),
+    }
+    told = ", ".join(f"{count} {word}" for word, count in done.items() if count)
+    return f"{len(tensors)}: {told}" if told else str(len(tensors))
 
 
 def _bits(tensors: Sequence[Any]) -> str:

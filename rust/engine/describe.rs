@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::error::Result;
 
-use super::plan::{extra_bytes, source_name, Action, Plan};
+use super::plan::{extra_bytes, format_name, source_name, Action, Plan};
 
 impl Plan {
     /// The plan as JSON, for people and tools.
@@ -14,7 +14,7 @@ impl Plan {
             let (_, tensor) = self.source(planned)?;
             let from = source_name(tensor);
             let (to, copied) = match &planned.action {
-                Action::Copy => (from.clone(), true),
+                Action::Copy => (format_name(tensor), tensor.origin.is_none()),
                 Action::Encode { format, .. } => (format.info().name.to_owned(), false),
             };
             tensors.push(json!({

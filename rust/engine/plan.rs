@@ -443,12 +443,19 @@ impl Plan {
     }
 }
 
-/// What a tensor is stored as, for tables.
+/// What a tensor is stored as, for tables; for decoded weights, what they were made of.
 pub fn source_name(tensor: &Tensor) -> String {
-    match (&tensor.origin, &tensor.packed) {
-        (Some(origin), _) => origin.formats.clone(),
-        (None, Some((format, _))) => format.info().name.to_owned(),
-        (None, None) => tensor.dtype.name(),
+    match &tensor.origin {
+        Some(origin) => origin.formats.clone(),
+        None => format_name(tensor),
+    }
+}
+
+/// What a copy of a tensor is stored as.
+pub fn format_name(tensor: &Tensor) -> String {
+    match &tensor.packed {
+        Some((format, _)) => format.info().name.to_owned(),
+        None => tensor.dtype.name(),
     }
 }
 

@@ -92,7 +92,7 @@ impl Report {
                 name: source.name.clone(),
                 target: planned.target.clone(),
                 to: match &planned.action {
-                    Action::Copy => from.clone(),
+                    Action::Copy => super::plan::format_name(source),
                     Action::Encode { format, .. } => format.info().name.to_owned(),
                 },
                 from,

@@ -17,11 +17,13 @@ AWQ_ROWS = [0, 2, 4, 6, 1, 3, 5, 7]
 @dataclass(frozen=True)
 class Packed:
     """One weight: what it decodes to in float64, its arrays by what stands in place of the last segment of its
-    name, and the section `quantization_config` that goes with them. In a GGUF file it is rows of blocks (uint8)."""
+    name, the section `quantization_config` that goes with them, and what the file's metadata says of the weight. In
+    a GGUF file it is rows of blocks (uint8)."""
 
     weights: np.ndarray
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
     section: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
     blocks: np.ndarray | None = None
 
 
@@ -96,10 +98,97 @@ def compressed(seed: int, rows: int, columns: int) -> Packed:
         "weight_scale": part("F16", scales.T),
         "weight_shape": part("I64", np.array([rows, columns])),
     }
-    weights = {"num_bits": 4, "symmetric": True, "group_size": 128, "strategy": "group"}
-    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    section = _compressed(num_bits=4, symmetric=True, group_size=128, strategy="group")
     zeros = np.full_like(codes[: columns // 128], 8)
     return Packed(weight(codes, zeros, scales, np.arange(columns) // 128), arrays, section)
+
+
+def four_bit_floats(block: int) -> Callable[[int, int, int], Packed]:
+    """compressed-tensors' E2M1 codes: in blocks of 16 whose scale is divided by one of the tensor (NVFP4), or of 32
+    with powers of two (MXFP4)."""
+
+    def make(seed: int, rows: int, columns: int) -> Packed:
+        rng = np.random.default_rng(seed)
+        codes = rng.integers(0, 16, (rows, columns)).astype(np.uint8)
+        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        values = np.where(codes & 8, -1.0, 1.0) * magnitudes[codes & 7]
+        arrays = {"weight_packed": part("U8", codes[:, 0::2] | codes[:, 1::2] << 4)}
+        if block == 16:
+            scales = rng.uniform(1, 400, (rows, columns // 16)).astype(ml_dtypes.float8_e4m3fn)
+            whole = np.array([12345.0], np.float32)
+            arrays |= {"weight_scale": part("F8_E4M3", scales), "weight_global_scale": part("F32", whole)}
+            factors = (scales.astype(np.float32) / whole).astype(np.float64)
+        else:
+            exponents = rng.integers(115, 122, (rows, columns // 32)).astype(np.uint8)
+            arrays["weight_scale"] = part("U8", exponents)
+            factors = np.exp2(exponents.astype(np.float64) - 127)
+        return Packed(values * factors.repeat(block, 1), arrays, _compressed(num_bits=4, type="float"))
+
+    return make
+
+
+def gridded(codes: str, section: Mapping[str, Any]) -> Callable[[int, int, int], Packed]:
+    """Bytes, whole numbers or floats, with a scale for every 64 columns of a row."""
+
+    def make(seed: int, rows: int, columns: int) -> Packed:
+        rng = np.random.default_rng(seed)
+        drawn = rng.standard_normal((rows, columns))
+        stored = (drawn * 40).astype(np.int8) if codes == "I8" else drawn.astype(ml_dtypes.float8_e4m3fn)
+        scales = rng.uniform(0.01, 0.03, (rows, columns // 64)).astype(np.float32)
+        weights = stored.astype(np.float64) * scales.astype(np.float64).repeat(64, 1)
+        return Packed(weights, {"weight": part(codes, stored), "weight_scale": part("F32", scales)}, section)
+
+    return make
+
+
+def mxfp8(seed: int, rows: int, columns: int) -> Packed:
+    """ModelOpt's FP8 weights with a power of two for every 32 columns of a row."""
+    rng = np.random.default_rng(seed)
+    codes = rng.standard_normal((rows, columns)).astype(ml_dtypes.float8_e4m3fn)
+    exponents = rng.integers(118, 124, (rows, columns // 32)).astype(np.uint8)
+    factors = np.exp2(exponents.astype(np.float64) - 127).repeat(32, 1)
+    arrays = {"weight": part("F8_E4M3", codes), "weight_scale": part("U8", exponents)}
+    return Packed(codes.astype(np.float64) * factors, arrays, {"quant_method": "modelopt", "quant_algo": "MXFP8"})
+
+
+def experts(seed: int, rows: int, columns: int) -> Packed:
+    """gpt-oss' E2M1 codes with powers of two, packed with rows and columns exchanged."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (columns, rows // 32, 32)).astype(np.uint8)
+    exponents = rng.integers(115, 122, (columns, rows // 32)).astype(np.uint8)
+    values = np.where(codes & 8, -1.0, 1.0) * np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+    weights = (values * np.exp2(exponents.astype(np.float64) - 127)[..., None]).reshape(columns, rows).T
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    section = {"quant_method": "mxfp4"}
+    return Packed(weights, {"weight_blocks": part("U8", packed), "weight_scales": part("U8", exponents)}, section)
+
+
+def one_bit(seed: int, rows: int, columns: int) -> Packed:
+    """torchao's integers of one bit, one to a byte."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-1, 1, (rows, columns)).astype(np.int8)
+    scales = rng.uniform(0.01, 0.03, (rows, 1)).astype(ml_dtypes.bfloat16)
+    arrays = {
+        "_weight_qdata": part("I8", codes),
+        "_weight_scale": part("BF16", scales),
+        "_weight_zero_point": part("I8", np.zeros((rows, 1), np.int8)),
+    }
+    told = {
+        "_type": "IntxUnpackedToInt8Tensor",
+        "_data": {
+            "target_dtype": {"_type": "torch.dtype", "_data": "int1"},
+            "block_size": [1, columns],
+            "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+            "activation_quantization": None,
+        },
+        "_tensor_data_names": ["qdata", "scale", "zero_point"],
+    }
+    section = {"quant_method": "torchao", "quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_data": {}}}}
+    return Packed(codes * scales.astype(np.float64), arrays, section, told)
+
+
+def _compressed(**weights: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
 
 def float8(kind: str) -> Callable[[int, int, int], Packed]:
@@ -144,5 +233,14 @@ DECODED_ONLY: Mapping[str, Callable[[int, int, int], Packed]] = {
     "gptq:int": gptq,
     "awq:int": awq,
     "compressed-tensors:int": compressed,
+    "compressed-tensors:nvfp4": four_bit_floats(16),
+    "compressed-tensors:mxfp4": four_bit_floats(32),
+    "compressed-tensors:int8": gridded("I8", _compressed(num_bits=8, type="int", strategy="group", group_size=64)),
+    "compressed-tensors:float8": gridded(
+        "F8_E4M3", _compressed(num_bits=8, type="float", strategy="group", group_size=64)
+    ),
+    "modelopt:mxfp8": mxfp8,
+    "torchao:intx1": one_bit,
+    "mxfp4:experts": experts,
 }
 """What makes a weight of a seed, a number of rows and one of columns."""

@@ -52,11 +52,11 @@ def weights() -> np.ndarray:
     return values.astype(ml_dtypes.bfloat16)
 
 
-def write_folder(folder: Path, tensors: dict[str, Any], section: Any = None) -> Path:
+def write_folder(folder: Path, tensors: dict[str, Any], section: Any = None, metadata: Any = None) -> Path:
     folder.mkdir()
     config = {"model_type": "x", **({} if section is None else {"quantization_config": section})}
     (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / "model.safetensors", tensors)
+    write_safetensors(folder / "model.safetensors", tensors, metadata)
     return folder
 
 
@@ -72,7 +72,11 @@ def source(place: Path, name: str, layers: int) -> Path:
             return Path(f"{path}.gguf")
         modules = [LAYER.format(i).removesuffix("weight") for i in range(layers)]
         tensors = {f"{module}{suffix}": array for module in modules for suffix, array in packed.arrays.items()}
-        return write_folder(path, tensors, packed.section)
+        told = None
+        if packed.metadata is not None:
+            names = [f"{module}weight" for module in modules]
+            told = {"tensor_names": json.dumps(names), **dict.fromkeys(names, json.dumps(packed.metadata))}
+        return write_folder(path, tensors, packed.section, told)
     if name == "bf16":
         stored = ("BF16", [ROWS, COLUMNS], weights().tobytes())
         return write_folder(path, {LAYER.format(i): stored for i in range(layers)})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,27 +33,38 @@ def test_one_tensor(make_model: Callable[..., Path], tmp_path: Path, to: str) ->
     assert peak_anonymous(words) <= LIMIT / 2
 
 
+def write_fp8(folder: Path, shapes: dict[str, tuple[int, int]], config: dict[str, Any] | None = None) -> Path:
+    """Weights in blocks of 128 rows and columns, as DeepSeek stores them."""
+    codes = np.random.default_rng(0).integers(0, 0x7E, 1 << 22, np.uint8)
+    header, offset = {}, 0
+    for name, (rows, columns) in shapes.items():
+        scales = (-(-rows // 128), -(-columns // 128))
+        for array, dtype, shape in ((name, "F8_E4M3", (rows, columns)), (f"{name}_scale_inv", "F32", scales)):
+            end = offset + np.prod(shape, dtype=int) * (1 if dtype == "F8_E4M3" else 4)
+            header[array] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, int(end)]}
+            offset = int(end)
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for row in header.values():
+            first, end = row["data_offsets"]
+            if row["dtype"] == "F32":
+                file.write(np.full((end - first) // 4, 1e-4, np.float32).data)
+                continue
+            for start in range(first, end, codes.size):
+                file.write(codes[: end - start].data)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize("to", ["bf16", "q4_k", "modelopt:nvfp4"])
 def test_one_tensor_in_fp8(tmp_path: Path, to: str) -> None:
-    """300 MB in blocks of 128 rows and columns, as DeepSeek stores them."""
-    rows, columns = 42_000, 7168
-    codes = np.random.default_rng(0).integers(0, 0x7E, (rows // 100, columns), np.uint8)
-    scales = np.full((-(-rows // 128), columns // 128), 1e-4, np.float32)
-    parts = {"a.up_proj.weight": ("F8_E4M3", (rows, columns)), "a.up_proj.weight_scale_inv": ("F32", scales.shape)}
-    header, offset = {}, 0
-    for name, (dtype, shape) in parts.items():
-        end = offset + (rows * columns if dtype == "F8_E4M3" else scales.nbytes)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    (tmp_path / "model").mkdir()
-    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _ in range(100):
-            file.write(codes.data)
-        file.write(scales.data)
+    """300 MB."""
+    model = write_fp8(tmp_path / "model", {"a.up_proj.weight": (42_000, 7168)})
     target = tmp_path / ("out.gguf" if to == "q4_k" else "out")
-    words = command("convert", tmp_path / "model", target, "--to", to, "--layers", "names")
+    words = command("convert", model, target, "--to", to, "--layers", "names")
     assert peak_anonymous(words) <= LIMIT
 
 
@@ -80,6 +92,40 @@ def test_a_stack_of_experts(tmp_path: Path) -> None:
                 file.write(array.data)
     words = command("convert", tmp_path / "model", tmp_path / "out", "--to", "bf16")
     assert peak_anonymous(words) <= LIMIT
+
+
+@pytest.mark.parametrize("to", ["bf16", pytest.param("q4_k_m", marks=pytest.mark.large)])
+def test_a_llama_in_fp8(tmp_path: Path, to: str) -> None:
+    """200 MB, of which queries and keys get another order of rows."""
+    hidden, inner, layers = 2048, 8192, 3
+    shapes = {"model.embed_tokens.weight": (128, hidden), "lm_head.weight": (128, hidden)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"model.layers.{layer}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (hidden, inner)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 512,
+        "vocab_size": 128,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model = write_fp8(tmp_path / "model", shapes, {**config, "quantization_config": section})
+    norms = [f"model.layers.{n}.{name}_layernorm.weight" for n in range(layers) for name in ("input", "post_attention")]
+    write_safetensors(model / "norms.safetensors", {name: normal((hidden,)) for name in (*norms, "model.norm.weight")})
+    files = {**dict.fromkeys(shapes, "model.safetensors"), **dict.fromkeys(norms, "norms.safetensors")}
+    files |= {f"{name}_scale_inv": "model.safetensors" for name in shapes} | {"model.norm.weight": "norms.safetensors"}
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    files = {name: file.replace("model.", "weights.") for name, file in files.items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert peak_anonymous(command("convert", model, tmp_path / "out.gguf", "--to", to)) <= LIMIT
 
 
 @pytest.mark.large
