@@ -43,7 +43,8 @@ def quantize(
 
     `array` holds float32, float16, bfloat16 or float64 weights, of any shape that the format takes:
     `bitsandbytes:int8` two dimensions, GGUF types rows of whole blocks. `block_size` and
-    `double_quant` are choices of `nf4` and `fp4`. Weights that are not finite are refused;
+    `double_quant` are choices of `nf4` and `fp4`; `block_size` also of torchao's integers and `float8`, whose
+    rows are one block without it. Weights that are not finite are refused;
     `keep_nonfinite` encodes them where the format defines how (`nf4`, `fp4`). `importance`, for GGUF
     types, says how much each column counts: float32, one number per column of the last dimension, or
     one per matrix of a stack and column; types that have no use for it ignore it.
