@@ -171,7 +171,7 @@ def test_a_source_decodes_to_what_it_was_made_of(place: Path, name: str) -> None
         wanted = weights().astype({"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}[name])
     else:
         more = {"importance": np.ones(COLUMNS, np.float32)} if name.startswith("gguf:") else {}
-        wanted = wp.dequantize(wp.quantize(weights(), name, **more), name)
+        wanted = wp.dequantize(wp.quantize(weights(), name, **more), name, shape=(ROWS, COLUMNS))
     np.testing.assert_array_equal(found, wanted.astype(np.float32))
 
 
