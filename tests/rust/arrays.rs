@@ -54,7 +54,12 @@ fn bound(info: &Info) -> f32 {
         name if name.ends_with(":int8") => 0.5 / 127.0 + 0.001,
         // Half of the widest gap, 32 of 448, or of more than 256 where scales are powers of two.
         "torchao:mxfp8" => 0.063,
-        name if name.contains("fp8") || name.ends_with(":float8") => 0.037,
+        name if name.contains("fp8") || name.contains(":float8") => 0.037,
+        // Half a step, of which 2^bits - 1 are twice the largest magnitude at most.
+        name if name.starts_with("torchao:intx") || name.starts_with("quanto:int") => {
+            let bits = name.trim_start_matches(|letter: char| !letter.is_ascii_digit());
+            1.01 / (bits.parse::<f32>().unwrap_or(1.0).exp2() - 1.0) + 0.001
+        }
         // Half a step of 7; half of the widest gap of E2M1, 2 of 6, below a rounded scale.
         "modelopt:int4" => 0.075,
         "modelopt:mxfp4" | "modelopt:nvfp4" | "torchao:mxfp4" | "torchao:nvfp4" => 0.26,
@@ -98,7 +103,7 @@ proptest! {
             // Groups of weights that share a scale.
             let (group, block_size) = match name {
                 name if name.ends_with(":int8") => (256 * blocks as usize, None),
-                _ if name.contains("fp8") || name.ends_with(":float8") => (count, None),
+                _ if name.contains("fp8") || name.starts_with("quanto") => (count, None),
                 _ if name.starts_with("modelopt") || name.starts_with("torchao") => (count, None),
                 _ if name.starts_with("bitsandbytes") => (32, Some(32)),
                 _ if name.starts_with("gguf") => {
