@@ -54,9 +54,9 @@ class Job:
 class Component(NamedTuple):
     """One array that a job fills.
 
-    `suffix` is which one it is: what its name in a file has behind the tensor's ("appended"), in place
-    of its last segment ("sibling"), or behind that segment between underscores ("flattened"), as
-    `naming` says. `shape` and `dtype`, a stored type ("F32"), are those of the array; blocks of GGUF
+    `suffix` is which one it is: what its name in a file has behind the tensor's and a dot ("appended") or an
+    underscore ("joined"), in place of its last segment ("sibling"), or behind that segment between underscores
+    ("flattened"), as `naming` says. `shape` and `dtype`, a stored type ("F32"), are those of the array; blocks of GGUF
     types are rows of "U8", and what is no element of arrays is "U8" in one dimension. If `late`, the
     array is as long as it can get, and is cut when it is filled.
     """

@@ -8,7 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
 use crate::formats::{
-    self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Span, MAX_PARTS,
+    self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Recode, Span, MAX_PARTS,
 };
 use crate::shape;
 
@@ -252,6 +252,17 @@ pub fn tiles(slab: &Range<u64>, tile: u64) -> impl Iterator<Item = Range<u64>> {
 }
 
 impl Task<'_> {
+    /// How the bytes of the one become those of the other without being decoded, where nothing is done to
+    /// the weights.
+    fn recoding(&self) -> Option<Recode> {
+        let factors = &self.source.layout.params.column_factors;
+        if self.add.is_some() || self.through.is_some() || factors.is_some() {
+            return None;
+        }
+        let (from, to) = (self.source.format.info(), self.target.format.info());
+        formats::recoding(from.name, to.name)
+    }
+
     /// Decodes one tile of `input` and refuses weights that are not finite.
     fn decode_tile<'s>(
         &self,
@@ -326,13 +337,23 @@ impl Task<'_> {
         stop: &dyn Fn() -> Result<()>,
     ) -> Result<ErrorSums> {
         let mut sums = ErrorSums::default();
+        let recode = self.recoding();
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
             let x = self.decode_tile(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
             let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
-            self.target
-                .format
-                .encode(self.target.layout, tile.start, x, statistics, &mut out)?;
+            if let Some(recode) = recode {
+                let input = as_slices(&scratch.input);
+                recode(&parts(self.source.layout, input, slab, &tile)?, &mut out);
+            } else {
+                self.target.format.encode(
+                    self.target.layout,
+                    tile.start,
+                    x,
+                    statistics,
+                    &mut out,
+                )?;
+            }
             if self.verify {
                 let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
                 let encoded = output.each_ref().map(|part| &**part);

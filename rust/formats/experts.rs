@@ -13,7 +13,7 @@
 //! a run of N blocks. Read without that they are `modelopt:mxfp4` of shape [.., N, K].
 //!
 //! Special cases:
-//! - A magnitude of 4 or 6 at e = 254 is 2^129 or more: infinite.
+//! - 2^128 and more is infinite: magnitudes from 4 on at e = 253, from 2 on at e = 254.
 //! - e = 255 is NaN, as the microscaling formats define it. transformers takes it for 2^128, which gives
 //!   infinities, and NaN for zeros.
 //!

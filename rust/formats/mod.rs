@@ -55,6 +55,7 @@ mod plain;
 pub mod quanto;
 #[doc(hidden)]
 pub mod quanto_bits;
+mod recode;
 #[doc(hidden)]
 pub mod rows8;
 #[doc(hidden)]
@@ -78,6 +79,7 @@ pub use bnb4_state::{read_quant_state, QuantState};
 pub use fold::Fold;
 pub use grid::Grid;
 pub use grouped::Integers;
+pub use recode::{recoding, Recode};
 pub use span::Span;
 pub use validity::first_invalid;
 

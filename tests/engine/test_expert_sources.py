@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -177,3 +178,73 @@ def test_a_tiny_model_computes_what_transformers_decodes(tmp_path, peer):
     tokens = torch.arange(24)[None]
     with torch.no_grad():
         assert torch.equal(converted(tokens).logits, decoded(tokens).logits)
+
+
+def every_block(last: int):
+    """All codes at all scales up to `last`, as modelopt:mxfp4: codes [last + 1, 256], scales [last + 1, 16].
+    A block holds large and small codes, or small ones only, or zeros of both signs."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 16, (last + 1, 16, 32), np.uint8)
+    for block, most in enumerate([0, 1, 2, 3, 4, 5, 6, 7] * 2):
+        codes[:, block] = np.minimum(codes[:, block] & 7, most) | codes[:, block] & 8
+    codes[:, 8:, :16] = np.arange(16)
+    pairs = codes.reshape(last + 1, -1, 2)
+    scales = np.repeat(np.arange(last + 1, dtype=np.uint8)[:, None], 16, axis=1)
+    return pairs[..., 0] | pairs[..., 1] << 4, scales
+
+
+def layer(codes: np.ndarray, scales: np.ndarray):
+    return {"a.up_proj.weight": part("U8", codes), "a.up_proj.weight_scale": part("U8", scales)}
+
+
+def test_mxfp4_keeps_every_code_and_scale_on_the_way_to_gguf_and_back(tmp_path):
+    codes, scales = every_block(252)
+    write_safetensors(tmp_path / "a.safetensors", layer(codes, scales))
+    there = wp.convert(tmp_path / "a.safetensors", tmp_path / "b.gguf", to="gguf:mxfp4")
+    back = wp.convert(tmp_path / "b.gguf", tmp_path / "c.safetensors", to="modelopt:mxfp4", layers="names")
+    for report in (there, back):
+        assert not report.warnings
+        assert [tensor.error.max_error for tensor in report.tensors] == [0.0]
+    with wp.open_checkpoint(tmp_path / "a.safetensors") as source, wp.open_checkpoint(tmp_path / "b.gguf") as other:
+        assert other["a.up_proj.weight"].format == "gguf:mxfp4"
+        expected = source.read("a.up_proj.weight", dtype="float32")
+        np.testing.assert_array_equal(other.read("a.up_proj.weight", dtype="float32"), expected)
+    text = (tmp_path / "c.safetensors").read_bytes()
+    assert codes.tobytes() in text
+    assert scales.tobytes() in text
+
+
+@pytest.mark.parametrize(("scale", "code"), [(253, 6), (254, 4), (255, 0), (255, 1)])
+def test_mxfp4_that_is_not_finite_is_refused(tmp_path, scale, code):
+    codes, scales = every_block(2)
+    scales[1, 3] = scale
+    codes[1, 48:64] = 0
+    codes[1, 50] = code
+    write_safetensors(tmp_path / "a.safetensors", layer(codes, scales))
+    with pytest.raises(WeightpackError, match=r"weight \d+ is (inf|NaN), which cannot be quantized"):
+        wp.convert(tmp_path / "a.safetensors", tmp_path / "b.gguf", to="gguf:mxfp4")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (256, 80)])
+def test_experts_in_blocks_of_fp8(tmp_path, rows, columns):
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 0x7E, (3, rows, columns), np.uint8)
+    scales = rng.random((3, rows // 128, -(-columns // 128)), np.float32)
+    name = f"{PLACE}.gate_up_proj"
+    tensors = {name: part("F8_E4M3", codes), f"{name}_scale_inv": part("F32", scales)}
+    place = folder(tmp_path / "model", tensors, quantization_config={"quant_method": "fp8"})
+    values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    expected = values * scales.repeat(128, axis=1).repeat(128, axis=2)[:, :, :columns]
+    wp.convert(place, tmp_path / "out", to="f32")
+    wp.convert(place, tmp_path / "same", to="fp8:block")
+    with wp.open_checkpoint(place) as source, wp.open_checkpoint(tmp_path / "out") as checkpoint:
+        assert set(source) == set(checkpoint) == {name}
+        assert (source[name].format, source[name].shape) == ("fp8:block", (3, rows, columns))
+        np.testing.assert_allclose(checkpoint.read(name), expected, rtol=2**-23)
+        assert "quantization_config" not in checkpoint.config
+    with wp.open_checkpoint(tmp_path / "same") as checkpoint:
+        assert (checkpoint[name].format, checkpoint[name].shape) == ("fp8:block", (3, rows, columns))
+        assert {piece.name for piece in checkpoint[name].parts} == set(tensors)
+    uneven = {name: part("F8_E4M3", codes[:, :96]), f"{name}_scale_inv": part("F32", scales[:, :1])}
+    with pytest.raises(UnsupportedError, match="experts of 96 rows in blocks that two of them share"):
+        wp.open_checkpoint(folder(tmp_path / "uneven", uneven, quantization_config={"quant_method": "fp8"}))
