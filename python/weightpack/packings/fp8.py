@@ -18,7 +18,7 @@ __all__ = ["FORMATS", "METHODS", "describes", "host_config", "leftovers", "one_k
 METHODS = ("fp8", "fbgemm_fp8")
 FORMATS = ("fp8:",)
 _BLOCK = "fp8:block"
-_ARRAYS = (".weight_scale_inv",)
+_ARRAYS = ("_scale_inv",)
 
 
 def one_kind(decisions: list[Decision], target: Target) -> list[Decision]:

@@ -1,12 +1,14 @@
 //! FP8 weights with scales beside them: in blocks (`weight_scale_inv`, as DeepSeek stores them), or one
-//! for each row or for the tensor (`weight_scale`, as compressed-tensors and others do).
+//! for each row or for the tensor (`weight_scale`, as compressed-tensors and others do). Stacks of experts
+//! in blocks have names of their own (`gate_up_proj` and `gate_up_proj_scale_inv`).
 
 use serde_json::Value;
 
 use super::{Recognised, Sources};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::formats::{self, scaled, Params};
+use crate::formats::{self, scaled, Naming, Params};
+use crate::shape;
 
 use super::super::checkpoint::Stored;
 
@@ -33,7 +35,9 @@ fn packed(sources: &Sources<'_>, name: &str, weight: &Stored) -> Result<Option<R
         _ => return Ok(None),
     };
     let is_known = scales.entry.dtype.is_float() || scales.entry.dtype == Dtype::F8_E8M0;
-    if !(name == "weight" || name.ends_with(".weight")) || !is_known {
+    let is_layer = name == "weight" || name.ends_with(".weight");
+    let is_stack = kind == "fp8:block" && weight.entry.shape.len() == 3;
+    if !(is_layer || is_stack) || !is_known {
         return Ok(None);
     }
     let mut params = Params {
@@ -44,8 +48,29 @@ fn packed(sources: &Sources<'_>, name: &str, weight: &Stored) -> Result<Option<R
         params.block_size = block_size(sources.hints.quantization.as_ref())?;
     }
     let format = formats::find(kind)?;
-    let layout = format.layout(&weight.entry.shape, &params)?;
-    let layout = scaled::with_scales(layout, scales.entry.dtype, &scales.entry.shape)?;
+    let layout = match weight.entry.shape.as_slice() {
+        &[experts, rows, columns] if is_stack => {
+            if !rows.is_multiple_of(params.block_size.unwrap_or(128)) {
+                return Err(Error::unsupported(format!(
+                    "experts of {rows} rows in blocks that two of them share"
+                )));
+            }
+            let rows = shape::multiply(experts, rows, "rows of a stack")?;
+            let mut layout = format.layout(&[rows, columns], &params)?;
+            layout.shape.clone_from(&weight.entry.shape);
+            layout
+        }
+        shape => format.layout(shape, &params)?,
+    };
+    let mut layout = scaled::with_scales(layout, scales.entry.dtype, &scales.entry.shape)?;
+    if is_stack {
+        for (component, stored) in layout.components.iter_mut().zip([weight, scales]) {
+            component.shape.clone_from(&stored.entry.shape);
+        }
+    }
+    if let (false, Some(component)) = (is_layer, layout.components.get_mut(1)) {
+        (component.naming, component.suffix) = (Naming::Joined, "scale_inv".into());
+    }
     let layout = sources.with_beside(name, layout);
     Ok(Some(Recognised {
         base: name.to_owned(),
