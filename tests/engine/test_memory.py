@@ -94,7 +94,7 @@ def test_a_stack_of_experts(tmp_path: Path) -> None:
     assert peak_anonymous(words) <= LIMIT
 
 
-@pytest.mark.parametrize("to", ["bf16", pytest.param("q4_k_m", marks=pytest.mark.large)])
+@pytest.mark.parametrize("to", ["bf16", "q4_k_m"])
 def test_a_llama_in_fp8(tmp_path: Path, to: str) -> None:
     """200 MB, of which queries and keys get another order of rows."""
     hidden, inner, layers = 2048, 8192, 3
