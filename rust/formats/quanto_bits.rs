@@ -476,54 +476,52 @@ impl QuantoBits {
 
 /// The least and the greatest of some weights.
 fn range_of(weights: &[f32]) -> (f32, f32) {
+    let lower = |a: f32, b: f32| if b < a { b } else { a };
+    let higher = |a: f32, b: f32| if b > a { b } else { a };
     // Several at a time, so that one comparison does not wait for the other.
     let (runs, rest) = weights.as_chunks::<16>();
-    let mut least = [f32::INFINITY; 16];
-    let mut greatest = [f32::NEG_INFINITY; 16];
+    let (mut least, mut greatest) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
     for run in runs {
-        for ((least, greatest), &weight) in least.iter_mut().zip(&mut greatest).zip(run) {
-            *least = if weight < *least { weight } else { *least };
-            *greatest = if weight > *greatest {
-                weight
-            } else {
-                *greatest
-            };
+        for (least, &weight) in least.iter_mut().zip(run) {
+            *least = lower(*least, weight);
+        }
+        for (greatest, &weight) in greatest.iter_mut().zip(run) {
+            *greatest = higher(*greatest, weight);
         }
     }
-    let least = least.iter().chain(rest);
-    let greatest = greatest.iter().chain(rest);
     (
-        least.fold(
-            f32::INFINITY,
-            |most, &next| if next < most { next } else { most },
-        ),
-        greatest.fold(
-            f32::NEG_INFINITY,
-            |most, &next| if next > most { next } else { most },
-        ),
+        least.iter().chain(rest).copied().fold(f32::INFINITY, lower),
+        greatest
+            .iter()
+            .chain(rest)
+            .copied()
+            .fold(f32::NEG_INFINITY, higher),
     )
 }
 
 /// The nearest whole number up to `most`, ties to even; 0 for what is no number.
 #[inline(always)]
 fn nearest(value: f32, most: f32) -> u8 {
-    (value.clamp(0.0, most) + TO_WHOLE).to_bits() as u8
+    (value.max(0.0).min(most) + TO_WHOLE).to_bits() as u8
 }
 
 /// Puts a code for each weight to bit `bit` of its byte; those of bit 0 clear the rest of it.
 #[inline(always)]
 fn put(codes: &mut [u8], weights: &[f32], bit: u32, code: impl Fn(f32) -> u8) {
-    for (codes, weights) in codes.chunks_mut(64).zip(weights.chunks(64)) {
-        let mut found = [0; 64];
+    let kept = if bit == 0 { 0 } else { 0xff };
+    // Runs of a fixed length, so that bytes are put together from whole vectors.
+    let (runs, rest) = weights.as_chunks::<32>();
+    let (places, last) = codes.as_chunks_mut::<32>();
+    for (weights, places) in runs.iter().zip(places) {
+        let mut found = [0; 32];
         for (found, &weight) in found.iter_mut().zip(weights) {
             *found = code(weight);
         }
-        for (place, found) in codes.iter_mut().zip(found) {
-            *place = if bit == 0 {
-                found
-            } else {
-                *place | found << bit
-            };
+        for (place, found) in places.iter_mut().zip(found) {
+            *place = *place & kept | found << bit;
         }
+    }
+    for (place, &weight) in last.iter_mut().zip(rest) {
+        *place = *place & kept | code(weight) << bit;
     }
 }
