@@ -318,6 +318,12 @@ pub fn floor_log2(x: f32) -> i32 {
 /// ⌈log₂ x⌉ of a number above 0, the logarithm being rounded to `f32` first: a number whose distance
 /// from the power of two below is lost in that rounding counts as that power.
 pub fn ceil_log2(x: f32) -> i32 {
+    // So far above a power of two no rounding of the logarithm reaches down to it.
+    const FAR: u32 = 32;
+    let (exponent, fraction) = (x.to_bits() >> 23, x.to_bits() & 0x7f_ffff);
+    if exponent != 0 && fraction >= FAR {
+        return exponent as i32 - 126;
+    }
     let bits = f64::from(x).to_bits();
     let exponent = (bits >> 52) as i32 - 1023;
     let distance = f64::from_bits(bits & !(0x7ff << 52) | 1023 << 52) - 1.0;

@@ -36,17 +36,16 @@
 //! v; gate and up) one g, made of the largest magnitude of them all; a conversion names such layers
 //! (`shared_scale` of its request), and a weight encoded by itself has its own.
 
-use super::e2m1::{self, Rounding, Scaling};
-use super::rows8;
+use super::e2m1;
+use super::fp4_blocks::{self, Rule, Scales};
 use super::scaled::{join_magnitudes, most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
-use crate::codebook::ceil_log2;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
-use crate::kernels::{self, Level};
+use crate::float8::E4M3_MOST;
+use crate::kernels;
 use crate::shape;
 
 /// Blocks of 16 with E4M3 scales.
@@ -227,11 +226,8 @@ impl Format for NvFp4 {
         self.check_encodes(&layout.params)?;
         let tensor_scale = layout.params.tensor_scale;
         let [codes, scales, ..] = parts;
-        let level = kernels::level();
-        let blocks = weights.chunks_exact(16).zip(codes.chunks_exact_mut(8));
-        for ((weights, codes), scale) in blocks.zip(scales.iter_mut()) {
-            *scale = encode_nvfp4(level, tensor_scale, weights, codes);
-        }
+        let rule = Rule::ModelOptNvFp4 { tensor_scale };
+        fp4_blocks::encode(kernels::level(), rule, weights, codes, scales);
         Ok(())
     }
 
@@ -243,22 +239,16 @@ impl Format for NvFp4 {
         weights: &mut [f32],
     ) -> Result<()> {
         let [codes, scales, ..] = parts;
-        let level = kernels::level();
-        let block = if layout.params.block_size == Some(32) {
-            32
-        } else {
-            16
+        let size = match layout.params.block_size {
+            Some(32) => 32,
+            _ => 16,
         };
-        let blocks = weights
-            .chunks_exact_mut(block)
-            .zip(codes.chunks_exact(block / 2));
-        for ((weights, codes), &scale) in blocks.zip(*scales) {
-            let scale = match self.divides {
-                false => of_e4m3(scale) * layout.params.tensor_scale,
-                true => of_e4m3(scale) / layout.params.tensor_scale,
-            };
-            e2m1::decode(level, self.keeps_sign, scale, codes, weights);
-        }
+        let kind = match self.divides {
+            false => Scales::Times(layout.params.tensor_scale),
+            true => Scales::Over(layout.params.tensor_scale),
+        };
+        let (level, keeps_sign) = (kernels::level(), self.keeps_sign);
+        fp4_blocks::decode(level, size, keeps_sign, kind, codes, scales, weights);
         Ok(())
     }
 
@@ -298,11 +288,8 @@ impl Format for MxFp4 {
     ) -> Result<()> {
         self.check_encodes(&layout.params)?;
         let [codes, scales, ..] = parts;
-        let level = kernels::level();
-        let blocks = weights.chunks_exact(32).zip(codes.chunks_exact_mut(16));
-        for ((weights, codes), scale) in blocks.zip(scales.iter_mut()) {
-            *scale = encode_mxfp4(level, weights, codes);
-        }
+        let rule = Rule::ModelOptMxFp4;
+        fp4_blocks::encode(kernels::level(), rule, weights, codes, scales);
         Ok(())
     }
 
@@ -314,38 +301,8 @@ impl Format for MxFp4 {
         weights: &mut [f32],
     ) -> Result<()> {
         let [codes, scales, ..] = parts;
-        let level = kernels::level();
-        let blocks = weights.chunks_exact_mut(32).zip(codes.chunks_exact(16));
-        for ((weights, codes), &scale) in blocks.zip(*scales) {
-            e2m1::decode(level, true, of_e8m0(scale), codes, weights);
-        }
+        let (level, kind) = (kernels::level(), Scales::E8m0);
+        fp4_blocks::decode(level, 32, true, kind, codes, scales, weights);
         Ok(())
     }
-}
-
-/// Codes of a block; gives its scale.
-fn encode_nvfp4(level: Level, tensor_scale: f32, weights: &[f32], packed: &mut [u8]) -> u8 {
-    let quotient = rows8::largest(level, weights) / (e2m1::MOST * tensor_scale);
-    let quotient = if quotient == 0.0 { 1.0 } else { quotient };
-    let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
-    let by = of_e4m3(scale) * tensor_scale;
-    // What is too small for a scale becomes zero.
-    let by = if by > 0.0 { by } else { f32::INFINITY };
-    let (rounding, scaling) = (Rounding::EvenUnsignedZero, Scaling::Quotient(by));
-    e2m1::encode(level, rounding, scaling, weights, packed);
-    scale
-}
-
-/// Codes of a block; gives its scale.
-fn encode_mxfp4(level: Level, weights: &[f32], packed: &mut [u8]) -> u8 {
-    let quotient = rows8::largest(level, weights) / e2m1::MOST;
-    let exponent = match quotient > 0.0 {
-        true => ceil_log2(quotient).max(-127),
-        false => -127,
-    };
-    // 2^-exponent, which is a normal number: the quotient is less than 2^126.
-    let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
-    let scaling = Scaling::Product(factor);
-    e2m1::encode(level, Rounding::Down, scaling, weights, packed);
-    (exponent + 127) as u8
 }

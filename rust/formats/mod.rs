@@ -26,6 +26,8 @@ mod fold;
 #[doc(hidden)]
 pub mod fp4;
 #[doc(hidden)]
+pub mod fp4_blocks;
+#[doc(hidden)]
 pub mod ggml_activation;
 #[doc(hidden)]
 pub mod ggml_basic;

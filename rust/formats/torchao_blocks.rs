@@ -40,16 +40,16 @@
 //! Peer: torchao 0.18.0 on CPU (`NVFP4WeightOnlyConfig`; `MXDynamicActivationMXWeightConfig`, whose scales
 //! are those of `ScaleCalculationMode.RCEIL`).
 
-use super::e2m1::{self, Rounding, Scaling};
+use super::e2m1;
+use super::fp4_blocks::{self, Rule, Scales};
 use super::rows8::{self, Codes};
 use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
-use crate::codebook::ceil_log2;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::float8::{of_e8m0, E4M3_MOST};
 use crate::kernels::{self, Level};
 use crate::shape;
 
@@ -57,6 +57,8 @@ use crate::shape;
 const TILE_ROWS: u64 = 128;
 const TILE_BLOCKS: u64 = 4;
 const TILE_BYTES: u64 = 512;
+/// Blocks that are encoded together.
+const RUN_BLOCKS: usize = 64;
 
 /// One of the three formats.
 pub struct Swizzled {
@@ -323,17 +325,23 @@ pub fn encode_row(
     scales: &mut [u8],
 ) {
     let (block, bytes) = kind.sizes();
-    let blocks = weights
-        .chunks_exact(block)
-        .zip(codes.chunks_exact_mut(bytes));
-    for ((weights, codes), place) in blocks.zip(places(row)) {
-        let scale = match kind {
-            Kind::NvFp4 => encode_nvfp4(level, tensor_scale, weights, codes),
-            Kind::MxFp8 => encode_mxfp8(level, weights, codes),
-            Kind::MxFp4 => encode_mxfp4(level, weights, codes),
-        };
-        if let Some(byte) = scales.get_mut(place) {
-            *byte = scale;
+    let rule = match kind {
+        Kind::NvFp4 => Rule::TorchAoNvFp4 { tensor_scale },
+        Kind::MxFp8 => Rule::TorchAoMxFp8,
+        Kind::MxFp4 => Rule::TorchAoMxFp4,
+    };
+    let mut places = places(row);
+    let mut run = [0; RUN_BLOCKS];
+    let runs = weights
+        .chunks(block * RUN_BLOCKS)
+        .zip(codes.chunks_mut(bytes * RUN_BLOCKS));
+    for (weights, codes) in runs {
+        fp4_blocks::encode(level, rule, weights, codes, &mut run);
+        let count = weights.len() / block;
+        for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
+            if let Some(byte) = scales.get_mut(place) {
+                *byte = *scale;
+            }
         }
     }
 }
@@ -349,59 +357,29 @@ fn decode_row(
     weights: &mut [f32],
 ) {
     let (block, bytes) = kind.sizes();
-    let blocks = weights
-        .chunks_exact_mut(block)
-        .zip(codes.chunks_exact(bytes));
-    for ((weights, codes), place) in blocks.zip(places(row)) {
-        let scale = scales.get(place).copied().unwrap_or(0);
-        match kind {
-            Kind::NvFp4 => {
-                e2m1::decode(level, true, of_e4m3(scale) * tensor_scale, codes, weights);
+    let of_blocks = match kind {
+        Kind::NvFp4 => Scales::Times(tensor_scale),
+        Kind::MxFp8 | Kind::MxFp4 => Scales::E8m0,
+    };
+    let mut places = places(row);
+    let mut run = [0; RUN_BLOCKS];
+    let runs = weights
+        .chunks_mut(block * RUN_BLOCKS)
+        .zip(codes.chunks(bytes * RUN_BLOCKS));
+    for (weights, codes) in runs {
+        let count = weights.len() / block;
+        for (scale, place) in run.iter_mut().take(count).zip(places.by_ref()) {
+            *scale = scales.get(place).copied().unwrap_or(0);
+        }
+        if kind == Kind::MxFp8 {
+            let blocks = weights.chunks_exact_mut(block).zip(codes.chunks(bytes));
+            for ((weights, codes), &scale) in blocks.zip(&run) {
+                rows8::decode(level, Codes::E4m3, 0, of_e8m0(scale), codes, weights);
             }
-            Kind::MxFp8 => rows8::decode(level, Codes::E4m3, 0, of_e8m0(scale), codes, weights),
-            Kind::MxFp4 => e2m1::decode(level, true, of_e8m0(scale), codes, weights),
+        } else {
+            fp4_blocks::decode(level, block, true, of_blocks, codes, &run, weights);
         }
     }
-}
-
-/// Codes of a block; gives its scale.
-fn encode_nvfp4(level: Level, tensor_scale: f32, weights: &[f32], codes: &mut [u8]) -> u8 {
-    let quotient = rows8::largest(level, weights) / e2m1::MOST / tensor_scale;
-    let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
-    let factor = 1.0 / tensor_scale / of_e4m3(scale);
-    // What is too small for a scale becomes zero.
-    let factor = if factor.is_finite() { factor } else { 0.0 };
-    let scaling = Scaling::Product(factor);
-    e2m1::encode(level, Rounding::Even, scaling, weights, codes);
-    scale
-}
-
-/// Codes of a block; gives its scale.
-fn encode_mxfp4(level: Level, weights: &[f32], codes: &mut [u8]) -> u8 {
-    let (scale, factor) = power_of_two(rows8::largest(level, weights) / e2m1::MOST);
-    let scaling = Scaling::Product(factor);
-    e2m1::encode(level, Rounding::Even, scaling, weights, codes);
-    scale
-}
-
-/// Codes of a block; gives its scale.
-fn encode_mxfp8(level: Level, weights: &[f32], codes: &mut [u8]) -> u8 {
-    let (scale, factor) = power_of_two(rows8::largest(level, weights) / E4M3_MOST);
-    let scaling = rows8::Scaling::Product;
-    rows8::encode(level, Codes::E4m3, scaling, factor, weights, codes);
-    scale
-}
-
-/// The least power of two that is not below `quotient`, as a code, and what weights are multiplied with.
-#[inline(always)]
-fn power_of_two(quotient: f32) -> (u8, f32) {
-    let exponent = match quotient > 0.0 {
-        true => ceil_log2(quotient).clamp(-127, 127),
-        false => -127,
-    };
-    let code = (exponent + 127) as u8;
-    let factor = if code == 0 { 1.0 } else { of_e8m0(254 - code) };
-    (code, factor)
 }
 
 #[cfg(test)]
@@ -447,17 +425,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn powers_of_two_are_exact() {
-        for exponent in -126..=120 {
-            let power = 2f64.powi(exponent) as f32;
-            assert_eq!(power_of_two(power), ((exponent + 127) as u8, 1.0 / power));
-            assert_eq!(power_of_two(power * 1.01).0, (exponent + 128) as u8);
-        }
-        assert_eq!(power_of_two(0.0), (0, 1.0));
-        assert_eq!(power_of_two(f32::from_bits(1)), (0, 1.0));
     }
 
     #[test]

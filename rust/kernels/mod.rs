@@ -28,7 +28,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
-use crate::formats::{e2m1, rows8};
+use crate::formats::{e2m1, fp4_blocks, rows8};
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
@@ -201,6 +201,25 @@ offers! {
         packed: &[u8],
         weights: &mut [f32],
     ) -> usize = 0;
+    /// `fp4_blocks::encode` and `fp4_blocks::decode`, whose bodies are compiled for each level.
+    fn encode_fp4_blocks [avx2 avx512] (
+        rule: fp4_blocks::Rule,
+        weights: &[f32],
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, |rounding, scaling, weights, codes| {
+        e2m1::encode(Level::SCALAR, rounding, scaling, weights, codes);
+    });
+    fn decode_fp4_blocks [avx2 avx512] (
+        size: usize,
+        keeps_sign: bool,
+        kind: fp4_blocks::Scales,
+        codes: &[u8],
+        scales: &[u8],
+        weights: &mut [f32],
+    ) -> () = fp4_blocks::decode_body(size, kind, codes, scales, weights, |scale, codes, weights| {
+        e2m1::decode(Level::SCALAR, keeps_sign, scale, codes, weights);
+    });
     /// Q4_0 blocks; gives the number of blocks done, as all below.
     fn encode_q4_0 [avx2 avx2] (weights: &[f32], blocks: &mut [u8]) -> usize = 0;
     fn decode_q4_0 [avx2 avx2] (blocks: &[u8], weights: &mut [f32]) -> usize = 0;

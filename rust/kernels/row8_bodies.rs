@@ -4,6 +4,7 @@
 macro_rules! row8_bodies {
     ($features:literal) => {
         use crate::dtype::Dtype;
+        use crate::formats::fp4_blocks;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 
         #[target_feature(enable = $features)]
@@ -53,6 +54,34 @@ macro_rules! row8_bodies {
             weights: &mut [f32],
         ) {
             rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn encode_fp4_blocks(
+            rule: fp4_blocks::Rule,
+            weights: &[f32],
+            codes: &mut [u8],
+            scales: &mut [u8],
+        ) {
+            let pack = |rounding, scaling, weights: &[f32], codes: &mut [u8]| {
+                crate::kernels::avx2::encode_e2m1(rounding, scaling, weights, codes);
+            };
+            fp4_blocks::encode_body(rule, weights, codes, scales, pack);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn decode_fp4_blocks(
+            size: usize,
+            keeps_sign: bool,
+            kind: fp4_blocks::Scales,
+            codes: &[u8],
+            scales: &[u8],
+            weights: &mut [f32],
+        ) {
+            let unpack = |scale, codes: &[u8], weights: &mut [f32]| {
+                crate::kernels::avx2::decode_e2m1(keeps_sign, scale, codes, weights);
+            };
+            fp4_blocks::decode_body(size, kind, codes, scales, weights, unpack);
         }
     };
 }

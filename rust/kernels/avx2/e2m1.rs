@@ -95,6 +95,7 @@ fn encode_all(
     done
 }
 
+#[inline]
 #[target_feature(enable = "avx2")]
 pub(in crate::kernels) fn encode_e2m1(
     rounding: Rounding,
@@ -114,6 +115,7 @@ pub(in crate::kernels) fn encode_e2m1(
     }
 }
 
+#[inline]
 #[target_feature(enable = "avx2")]
 pub(in crate::kernels) fn decode_e2m1(
     keeps_sign: bool,

@@ -1,0 +1,184 @@
+//! Blocks of small floats that share a scale: how ModelOpt and torchao find the scale of a block, and its
+//! codes. Where scales and codes lie is the affair of [`super::fp4`] and [`super::torchao_blocks`], whose
+//! descriptions have the formulas.
+//!
+//! A run of blocks is one call, whose loops `kernels` has compiled for every level.
+
+use super::e2m1::{self, Rounding, Scaling};
+use super::rows8::{self, Codes};
+use crate::codebook::ceil_log2;
+use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
+use crate::kernels::{self, Level};
+
+/// How blocks are encoded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    /// 16 E2M1 numbers, E4M3 scales on top of one for the tensor; ModelOpt's.
+    ModelOptNvFp4 { tensor_scale: f32 },
+    /// 32 E2M1 numbers, powers of two; ModelOpt's.
+    ModelOptMxFp4,
+    /// 16 E2M1 numbers, E4M3 scales on top of one for the tensor; torchao's.
+    TorchAoNvFp4 { tensor_scale: f32 },
+    /// 32 E2M1 numbers, powers of two; torchao's.
+    TorchAoMxFp4,
+    /// 32 E4M3 numbers, powers of two; torchao's.
+    TorchAoMxFp8,
+}
+
+/// What the scales of blocks are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scales {
+    /// Powers of two.
+    E8m0,
+    /// Numbers times one of the tensor.
+    Times(f32),
+    /// Numbers divided by one of the tensor.
+    Over(f32),
+}
+
+impl Scales {
+    #[inline(always)]
+    fn value(self, code: u8) -> f32 {
+        match self {
+            Scales::E8m0 => of_e8m0(code),
+            Scales::Times(factor) => of_e4m3(code) * factor,
+            Scales::Over(divisor) => of_e4m3(code) / divisor,
+        }
+    }
+}
+
+/// Codes and scales of whole blocks.
+pub fn encode(level: Level, rule: Rule, weights: &[f32], codes: &mut [u8], scales: &mut [u8]) {
+    kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
+}
+
+/// Weights of whole blocks of `size` (16 or 32) E2M1 codes; for `keeps_sign` see [`e2m1::decode`].
+pub fn decode(
+    level: Level,
+    size: usize,
+    keeps_sign: bool,
+    kind: Scales,
+    codes: &[u8],
+    scales: &[u8],
+    weights: &mut [f32],
+) {
+    kernels::decode_fp4_blocks(level, size, keeps_sign, kind, codes, scales, weights);
+}
+
+/// `pack` is [`e2m1::encode`] at the level that this is compiled for.
+#[inline(always)]
+pub(crate) fn encode_body(
+    rule: Rule,
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    pack: impl Fn(Rounding, Scaling, &[f32], &mut [u8]),
+) {
+    match rule {
+        Rule::ModelOptNvFp4 { tensor_scale } => {
+            each::<16, 8>(weights, codes, scales, |weights, codes| {
+                let quotient = rows8::largest_body(weights) / (e2m1::MOST * tensor_scale);
+                let quotient = if quotient == 0.0 { 1.0 } else { quotient };
+                let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
+                let by = of_e4m3(scale) * tensor_scale;
+                // What is too small for a scale becomes zero.
+                let by = if by > 0.0 { by } else { f32::INFINITY };
+                let scaling = Scaling::Quotient(by);
+                pack(Rounding::EvenUnsignedZero, scaling, weights, codes);
+                scale
+            });
+        }
+        Rule::ModelOptMxFp4 => each::<32, 16>(weights, codes, scales, |weights, codes| {
+            let quotient = rows8::largest_body(weights) / e2m1::MOST;
+            let exponent = match quotient > 0.0 {
+                true => ceil_log2(quotient).max(-127),
+                false => -127,
+            };
+            // 2^-exponent, which is a normal number: the quotient is less than 2^126.
+            let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
+            pack(Rounding::Down, Scaling::Product(factor), weights, codes);
+            (exponent + 127) as u8
+        }),
+        Rule::TorchAoNvFp4 { tensor_scale } => {
+            each::<16, 8>(weights, codes, scales, |weights, codes| {
+                let quotient = rows8::largest_body(weights) / e2m1::MOST / tensor_scale;
+                let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
+                let factor = 1.0 / tensor_scale / of_e4m3(scale);
+                // What is too small for a scale becomes zero.
+                let factor = if factor.is_finite() { factor } else { 0.0 };
+                pack(Rounding::Even, Scaling::Product(factor), weights, codes);
+                scale
+            });
+        }
+        Rule::TorchAoMxFp4 => each::<32, 16>(weights, codes, scales, |weights, codes| {
+            let (scale, factor) = power_of_two(rows8::largest_body(weights) / e2m1::MOST);
+            pack(Rounding::Even, Scaling::Product(factor), weights, codes);
+            scale
+        }),
+        Rule::TorchAoMxFp8 => each::<32, 32>(weights, codes, scales, |weights, codes| {
+            let (scale, factor) = power_of_two(rows8::largest_body(weights) / E4M3_MOST);
+            let scaling = rows8::Scaling::Product;
+            rows8::encode_body(Codes::E4m3, scaling, factor, weights, codes);
+            scale
+        }),
+    }
+}
+
+#[inline(always)]
+fn each<const SIZE: usize, const BYTES: usize>(
+    weights: &[f32],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    encode: impl Fn(&[f32; SIZE], &mut [u8; BYTES]) -> u8,
+) {
+    let blocks = weights.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+    for ((weights, codes), scale) in blocks.zip(scales) {
+        *scale = encode(weights, codes);
+    }
+}
+
+/// The least power of two that is not below `quotient`, as a code, and what weights are multiplied with.
+#[inline(always)]
+fn power_of_two(quotient: f32) -> (u8, f32) {
+    let exponent = match quotient > 0.0 {
+        true => ceil_log2(quotient).clamp(-127, 127),
+        false => -127,
+    };
+    let code = (exponent + 127) as u8;
+    let factor = if code == 0 { 1.0 } else { of_e8m0(254 - code) };
+    (code, factor)
+}
+
+/// `unpack` is [`e2m1::decode`] at the level that this is compiled for.
+#[inline(always)]
+pub(crate) fn decode_body(
+    size: usize,
+    kind: Scales,
+    codes: &[u8],
+    scales: &[u8],
+    weights: &mut [f32],
+    unpack: impl Fn(f32, &[u8], &mut [f32]),
+) {
+    let blocks = weights
+        .chunks_exact_mut(size)
+        .zip(codes.chunks_exact(size / 2));
+    for ((weights, codes), &scale) in blocks.zip(scales) {
+        unpack(kind.value(scale), codes, weights);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn powers_of_two_are_exact() {
+        for exponent in -126..=120 {
+            let power = 2f64.powi(exponent) as f32;
+            assert_eq!(power_of_two(power), ((exponent + 127) as u8, 1.0 / power));
+            assert_eq!(power_of_two(power * 1.01).0, (exponent + 128) as u8);
+        }
+        assert_eq!(power_of_two(0.0), (0, 1.0));
+        assert_eq!(power_of_two(f32::from_bits(1)), (0, 1.0));
+    }
+}
