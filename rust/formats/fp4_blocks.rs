@@ -118,7 +118,7 @@ pub(crate) fn encode_body(
         Rule::TorchAoMxFp8 => each::<32, 32>(weights, codes, scales, |weights, codes| {
             let (scale, factor) = power_of_two(rows8::largest_body(weights) / E4M3_MOST);
             let scaling = rows8::Scaling::Product;
-            rows8::encode_body(Codes::E4m3, scaling, factor, weights, codes);
+            rows8::encode_body::<false>(Codes::E4m3, scaling, factor, weights, codes);
             scale
         }),
     }

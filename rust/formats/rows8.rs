@@ -147,8 +147,9 @@ pub(crate) fn largest_body(weights: &[f32]) -> f32 {
     f32::from_bits(most.cast_unsigned())
 }
 
+/// With `FMA`, which the processor must have, quotients are made without dividing.
 #[inline(always)]
-pub(crate) fn encode_body(
+pub(crate) fn encode_body<const FMA: bool>(
     kind: Codes,
     scaling: Scaling,
     factor: f32,
@@ -156,15 +157,15 @@ pub(crate) fn encode_body(
     codes: &mut [u8],
 ) {
     match kind {
-        Codes::Int8 => scaled(scaling, factor, weights, codes, |value| {
+        Codes::Int8 => scaled::<FMA>(scaling, factor, weights, codes, |value| {
             nearest_whole(value, -128.0, 127.0)
         }),
-        Codes::E4m3 => scaled(scaling, factor, weights, codes, to_e4m3),
+        Codes::E4m3 => scaled::<FMA>(scaling, factor, weights, codes, to_e4m3),
     }
 }
 
 #[inline(always)]
-fn scaled(
+fn scaled<const FMA: bool>(
     scaling: Scaling,
     factor: f32,
     weights: &[f32],
@@ -173,13 +174,75 @@ fn scaled(
 ) {
     match scaling {
         Scaling::Product => each::<64>(weights, codes, |weight| nearest(weight * factor)),
-        Scaling::Quotient(Dtype::F16) => each::<64>(weights, codes, |weight| {
-            nearest(shortened::<13>(weight / factor))
+        Scaling::Quotient(dtype) if FMA && Divisor::serves(factor) => {
+            let divisor = Divisor::new(factor);
+            quotients(dtype, weights, codes, nearest, |weight| {
+                divisor.divide(weight)
+            });
+        }
+        Scaling::Quotient(dtype) => {
+            quotients(dtype, weights, codes, nearest, |weight| weight / factor);
+        }
+    }
+}
+
+#[inline(always)]
+fn quotients(
+    dtype: Dtype,
+    weights: &[f32],
+    codes: &mut [u8],
+    nearest: impl Fn(f32) -> u8,
+    divide: impl Fn(f32) -> f32,
+) {
+    match dtype {
+        Dtype::F16 => each::<64>(weights, codes, |weight| {
+            nearest(shortened::<13>(divide(weight)))
         }),
-        Scaling::Quotient(Dtype::BF16) => each::<64>(weights, codes, |weight| {
-            nearest(shortened::<16>(weight / factor))
+        Dtype::BF16 => each::<64>(weights, codes, |weight| {
+            nearest(shortened::<16>(divide(weight)))
         }),
-        Scaling::Quotient(_) => each::<64>(weights, codes, |weight| nearest(weight / factor)),
+        _ => each::<64>(weights, codes, |weight| nearest(divide(weight))),
+    }
+}
+
+/// A number that many are divided by, with its reciprocal.
+///
+/// The product with the reciprocal is off by less than two units in the last place; what is left of the
+/// dividend, which fused operations give exactly, corrects it to the rounded quotient (P. Markstein,
+/// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). That holds as long as
+/// nothing leaves the range of `f32`: quotients that are large are taken as they are, as they are beyond
+/// every code; those that are next to nothing may be off, and are rounded to 0 whatever they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Divisor {
+    by: f32,
+    inverse: f32,
+}
+
+impl Divisor {
+    /// Whether the reciprocal of `by` and what is left of dividends that count are normal numbers.
+    #[inline(always)]
+    pub(crate) fn serves(by: f32) -> bool {
+        (f32::from_bits((127 - 80) << 23)..f32::from_bits((127 + 80) << 23)).contains(&by)
+    }
+
+    #[inline(always)]
+    pub(crate) fn new(by: f32) -> Self {
+        Divisor {
+            by,
+            inverse: 1.0 / by,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn divide(self, dividend: f32) -> f32 {
+        let about = dividend * self.inverse;
+        let left = (-about).mul_add(self.by, dividend);
+        let quotient = left.mul_add(self.inverse, about).copysign(dividend);
+        if about.abs() < 4_194_304.0 {
+            quotient
+        } else {
+            about
+        }
     }
 }
 
@@ -369,6 +432,41 @@ mod tests {
         }
         assert_eq!(encode(1e30), 0x7e);
         assert_eq!(encode(f32::NEG_INFINITY), 0xfe);
+    }
+
+    #[test]
+    fn quotients_without_division_are_the_quotients() {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 32) as u32
+        };
+        for round in 0..200_000u32 {
+            let bits = next();
+            // Fractions of few bits and of all ones are among them, and dividends next to ties of codes.
+            let fraction = match round % 4 {
+                0 => bits & 0x7f_ffff,
+                1 => bits & 0x7f_0000,
+                2 => 0x7f_ffff - (bits & 7),
+                _ => bits & 7,
+            };
+            let by = f32::from_bits((127 - 80 + next() % 160) << 23 | fraction);
+            assert!(Divisor::serves(by));
+            let divisor = Divisor::new(by);
+            let ties = (next() % 4096) as f32 / 16.0 * by;
+            let near = f32::from_bits(ties.to_bits().wrapping_add(next() % 5).saturating_sub(2));
+            let size = f32::from_bits((next() % 0xfe) << 23 | bits & 0x7f_ffff);
+            for dividend in [near, -near, size, -size, 0.0, -0.0] {
+                let (expected, found) = (dividend / by, divisor.divide(dividend));
+                if expected.abs() > 1e-5 && expected.abs() < 4e6 || dividend == 0.0 {
+                    assert_eq!(found.to_bits(), expected.to_bits(), "{dividend:e} / {by:e}");
+                } else {
+                    assert_eq!(to_e4m3(found), to_e4m3(expected), "{dividend:e} / {by:e}");
+                }
+            }
+        }
     }
 
     proptest! {

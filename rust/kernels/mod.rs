@@ -165,7 +165,7 @@ offers! {
         factor: f32,
         weights: &[f32],
         codes: &mut [u8],
-    ) -> () = rows8::encode_body(kind, scaling, factor, weights, codes);
+    ) -> () = rows8::encode_body::<false>(kind, scaling, factor, weights, codes);
     fn decode_row8 [avx2 avx512] (
         kind: rows8::Codes,
         zero: i8,

@@ -20,7 +20,7 @@ macro_rules! row8_bodies {
             weights: &[f32],
             codes: &mut [u8],
         ) {
-            rows8::encode_body(kind, scaling, factor, weights, codes);
+            rows8::encode_body::<true>(kind, scaling, factor, weights, codes);
         }
 
         #[target_feature(enable = $features)]

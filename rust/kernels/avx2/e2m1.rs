@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{load, store};
 use crate::formats::e2m1::{Rounding, Scaling, MOST, VALUES};
+use crate::formats::rows8::Divisor;
 
 /// Codes of eight numbers.
 #[inline]
@@ -71,7 +72,7 @@ fn pairs(first: __m256i, second: __m256i) -> [u8; 8] {
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn encode_all(
     rounding: Rounding,
     scale: impl Fn(__m256) -> __m256,
@@ -96,7 +97,7 @@ fn encode_all(
 }
 
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(in crate::kernels) fn encode_e2m1(
     rounding: Rounding,
     scaling: Scaling,
@@ -107,6 +108,21 @@ pub(in crate::kernels) fn encode_e2m1(
         Scaling::Product(factor) => {
             let factor = _mm256_set1_ps(factor);
             encode_all(rounding, |x| _mm256_mul_ps(x, factor), weights, packed)
+        }
+        // As `crate::formats::rows8::Divisor`; what is beyond the largest code may be infinite.
+        Scaling::Quotient(by) if Divisor::serves(by) => {
+            let (inverse, by) = (_mm256_set1_ps(1.0 / by), _mm256_set1_ps(by));
+            let (sign, large) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(4_194_304.0));
+            let divide = |x| {
+                let about = _mm256_mul_ps(x, inverse);
+                let left = _mm256_fnmadd_ps(about, by, x);
+                let quotient = _mm256_fmadd_ps(left, inverse, about);
+                let quotient =
+                    _mm256_or_ps(_mm256_andnot_ps(sign, quotient), _mm256_and_ps(x, sign));
+                let is_large = _mm256_cmp_ps::<_CMP_NLT_UQ>(_mm256_andnot_ps(sign, about), large);
+                _mm256_blendv_ps(quotient, about, is_large)
+            };
+            encode_all(rounding, divide, weights, packed)
         }
         Scaling::Quotient(factor) => {
             let factor = _mm256_set1_ps(factor);
