@@ -65,75 +65,114 @@ pub fn decode(
     kernels::decode_fp4_blocks(level, size, keeps_sign, kind, codes, scales, weights);
 }
 
-/// `pack` is [`e2m1::encode`] at the level that this is compiled for.
+/// `most` and `pack` are [`rows8::largest`] and [`e2m1::encode`] at the level that this is compiled for.
 #[inline(always)]
 pub(crate) fn encode_body(
     rule: Rule,
     weights: &[f32],
     codes: &mut [u8],
     scales: &mut [u8],
+    most: impl Fn(&[f32]) -> f32,
     pack: impl Fn(Rounding, Scaling, &[f32], &mut [u8]),
 ) {
     match rule {
         Rule::ModelOptNvFp4 { tensor_scale } => {
-            each::<16, 8>(weights, codes, scales, |weights, codes| {
-                let quotient = rows8::largest_body(weights) / (e2m1::MOST * tensor_scale);
+            let find = |largest: f32| {
+                let quotient = largest / (e2m1::MOST * tensor_scale);
                 let quotient = if quotient == 0.0 { 1.0 } else { quotient };
                 let scale = to_e4m3(quotient.clamp(1.0 / 512.0, E4M3_MOST));
                 let by = of_e4m3(scale) * tensor_scale;
                 // What is too small for a scale becomes zero.
-                let by = if by > 0.0 { by } else { f32::INFINITY };
+                (scale, if by > 0.0 { by } else { f32::INFINITY })
+            };
+            let put = |by: f32, weights: &[f32; 16], codes: &mut [u8; 8]| {
                 let scaling = Scaling::Quotient(by);
                 pack(Rounding::EvenUnsignedZero, scaling, weights, codes);
-                scale
-            });
-        }
-        Rule::ModelOptMxFp4 => each::<32, 16>(weights, codes, scales, |weights, codes| {
-            let quotient = rows8::largest_body(weights) / e2m1::MOST;
-            let exponent = match quotient > 0.0 {
-                true => ceil_log2(quotient).max(-127),
-                false => -127,
             };
-            // 2^-exponent, which is a normal number: the quotient is less than 2^126.
-            let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
-            pack(Rounding::Down, Scaling::Product(factor), weights, codes);
-            (exponent + 127) as u8
-        }),
-        Rule::TorchAoNvFp4 { tensor_scale } => {
-            each::<16, 8>(weights, codes, scales, |weights, codes| {
-                let quotient = rows8::largest_body(weights) / e2m1::MOST / tensor_scale;
-                let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
-                let factor = 1.0 / tensor_scale / of_e4m3(scale);
-                // What is too small for a scale becomes zero.
-                let factor = if factor.is_finite() { factor } else { 0.0 };
-                pack(Rounding::Even, Scaling::Product(factor), weights, codes);
-                scale
-            });
+            each(weights, codes, scales, &most, find, put);
         }
-        Rule::TorchAoMxFp4 => each::<32, 16>(weights, codes, scales, |weights, codes| {
-            let (scale, factor) = power_of_two(rows8::largest_body(weights) / e2m1::MOST);
-            pack(Rounding::Even, Scaling::Product(factor), weights, codes);
-            scale
-        }),
-        Rule::TorchAoMxFp8 => each::<32, 32>(weights, codes, scales, |weights, codes| {
-            let (scale, factor) = power_of_two(rows8::largest_body(weights) / E4M3_MOST);
-            let scaling = rows8::Scaling::Product;
-            rows8::encode_body::<false>(Codes::E4m3, scaling, factor, weights, codes);
-            scale
-        }),
+        Rule::ModelOptMxFp4 => {
+            let find = |largest: f32| {
+                let quotient = largest / e2m1::MOST;
+                let exponent = match quotient > 0.0 {
+                    true => ceil_log2(quotient).max(-127),
+                    false => -127,
+                };
+                // 2^-exponent, which is a normal number: the quotient is less than 2^126.
+                let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
+                ((exponent + 127) as u8, factor)
+            };
+            let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 16]| {
+                pack(Rounding::Down, Scaling::Product(factor), weights, codes);
+            };
+            each(weights, codes, scales, &most, find, put);
+        }
+        Rule::TorchAoNvFp4 { tensor_scale } => {
+            let inverse = 1.0 / tensor_scale;
+            let find = |largest: f32| {
+                let quotient = largest / e2m1::MOST / tensor_scale;
+                let scale = to_e4m3(quotient.clamp(1.0 / 64.0, E4M3_MOST));
+                let factor = inverse / of_e4m3(scale);
+                // What is too small for a scale becomes zero.
+                (scale, if factor.is_finite() { factor } else { 0.0 })
+            };
+            let put = |factor: f32, weights: &[f32; 16], codes: &mut [u8; 8]| {
+                pack(Rounding::Even, Scaling::Product(factor), weights, codes);
+            };
+            each(weights, codes, scales, &most, find, put);
+        }
+        Rule::TorchAoMxFp4 => {
+            let find = |largest: f32| power_of_two(largest / e2m1::MOST);
+            let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 16]| {
+                pack(Rounding::Even, Scaling::Product(factor), weights, codes);
+            };
+            each(weights, codes, scales, &most, find, put);
+        }
+        Rule::TorchAoMxFp8 => {
+            let find = |largest: f32| power_of_two(largest / E4M3_MOST);
+            let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 32]| {
+                let scaling = rows8::Scaling::Product;
+                rows8::encode_body::<false>(Codes::E4m3, scaling, factor, weights, codes);
+            };
+            each(weights, codes, scales, &most, find, put);
+        }
     }
 }
 
+/// Blocks whose scales are looked for together.
+const TOGETHER: usize = 64;
+
+/// `find` gives the scale of a block, given its largest magnitude, and what `put` needs besides the weights.
 #[inline(always)]
 fn each<const SIZE: usize, const BYTES: usize>(
     weights: &[f32],
     codes: &mut [u8],
     scales: &mut [u8],
-    encode: impl Fn(&[f32; SIZE], &mut [u8; BYTES]) -> u8,
+    most: impl Fn(&[f32]) -> f32,
+    find: impl Fn(f32) -> (u8, f32),
+    put: impl Fn(f32, &[f32; SIZE], &mut [u8; BYTES]),
 ) {
-    let blocks = weights.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
-    for ((weights, codes), scale) in blocks.zip(scales) {
-        *scale = encode(weights, codes);
+    let (mut largest, mut factors) = ([0f32; TOGETHER], [0f32; TOGETHER]);
+    let mut found = [0u8; TOGETHER];
+    let runs = weights
+        .chunks(SIZE * TOGETHER)
+        .zip(codes.chunks_mut(BYTES * TOGETHER))
+        .zip(scales.chunks_mut(TOGETHER));
+    for ((weights, codes), scales) in runs {
+        let blocks = weights.as_chunks::<SIZE>().0;
+        for (largest, block) in largest.iter_mut().zip(blocks) {
+            *largest = most(block);
+        }
+        for ((scale, factor), &largest) in found.iter_mut().zip(&mut factors).zip(&largest) {
+            (*scale, *factor) = find(largest);
+        }
+        for (place, scale) in scales.iter_mut().zip(&found) {
+            *place = *scale;
+        }
+        let places = codes.as_chunks_mut::<BYTES>().0;
+        for ((block, codes), &factor) in blocks.iter().zip(places).zip(&factors) {
+            put(factor, block, codes);
+        }
     }
 }
 

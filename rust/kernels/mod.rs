@@ -207,7 +207,7 @@ offers! {
         weights: &[f32],
         codes: &mut [u8],
         scales: &mut [u8],
-    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, |rounding, scaling, weights, codes| {
+    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, rows8::largest_body, |rounding, scaling, weights, codes| {
         e2m1::encode(Level::SCALAR, rounding, scaling, weights, codes);
     });
     fn decode_fp4_blocks [avx2 avx512] (

@@ -66,7 +66,8 @@ macro_rules! row8_bodies {
             let pack = |rounding, scaling, weights: &[f32], codes: &mut [u8]| {
                 crate::kernels::avx2::encode_e2m1(rounding, scaling, weights, codes);
             };
-            fp4_blocks::encode_body(rule, weights, codes, scales, pack);
+            let most = |weights: &[f32]| crate::kernels::avx2::most_of_block(weights);
+            fp4_blocks::encode_body(rule, weights, codes, scales, most, pack);
         }
 
         #[target_feature(enable = $features)]

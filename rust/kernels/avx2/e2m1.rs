@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::ternary::largest_magnitude;
 use super::{load, store};
 use crate::formats::e2m1::{Rounding, Scaling, MOST, VALUES};
 use crate::formats::rows8::Divisor;
@@ -96,6 +97,22 @@ fn encode_all(
     done
 }
 
+/// The largest magnitude of finite weights, a multiple of 8.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels) fn most_of_block(weights: &[f32]) -> f32 {
+    largest_magnitude(weights)
+}
+
+/// Divided, where that cannot be done without.
+#[cold]
+#[inline(never)]
+#[target_feature(enable = "avx2,fma")]
+fn divided(rounding: Rounding, by: f32, weights: &[f32], packed: &mut [u8]) -> usize {
+    let by = _mm256_set1_ps(by);
+    encode_all(rounding, |x| _mm256_div_ps(x, by), weights, packed)
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub(in crate::kernels) fn encode_e2m1(
@@ -124,10 +141,7 @@ pub(in crate::kernels) fn encode_e2m1(
             };
             encode_all(rounding, divide, weights, packed)
         }
-        Scaling::Quotient(factor) => {
-            let factor = _mm256_set1_ps(factor);
-            encode_all(rounding, |x| _mm256_div_ps(x, factor), weights, packed)
-        }
+        Scaling::Quotient(by) => divided(rounding, by, weights, packed),
     }
 }
 
