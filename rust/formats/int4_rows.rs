@@ -15,13 +15,13 @@
 //!
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer packed as INT4 in blocks).
 
-use super::rows8::largest_body;
+use super::rows8::{self, Divisor};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::shape;
+use crate::{kernels, shape};
 
 /// The format; it holds nothing.
 pub struct Int4Rows;
@@ -109,6 +109,7 @@ impl Format for Int4Rows {
     ) -> Result<()> {
         let (block, columns) = sizes(layout)?;
         let [codes, scales, ..] = parts;
+        let level = kernels::level();
         let pairs = weights
             .chunks_exact(2 * columns)
             .zip(codes.chunks_exact_mut(columns))
@@ -122,12 +123,9 @@ impl Format for Int4Rows {
                     .zip(codes.chunks_exact_mut(block))
                     .zip(scales.as_chunks_mut().0);
                 for ((weights, codes), place) in runs {
-                    let scale = scale_for(largest_body(weights));
+                    let scale = scale_for(rows8::largest(level, weights));
                     *place = scale.to_le_bytes();
-                    for (code, &weight) in codes.iter_mut().zip(weights) {
-                        let kept = if shift == 0 { 0 } else { *code };
-                        *code = kept | to_int4(weight / scale) << shift;
-                    }
+                    kernels::put_int4(level, shift, scale, weights, codes);
                 }
             }
         }
@@ -178,6 +176,35 @@ fn scale_for(most: f32) -> f32 {
     match most == 0.0 {
         true => 1.0,
         false => most.max(f32::MIN_POSITIVE) / 7.0,
+    }
+}
+
+/// Codes of one block, to bit `shift` of their bytes; those of bit 0 clear the rest. With `FMA` as
+/// [`rows8::encode_body`].
+#[inline(always)]
+pub(crate) fn put_body<const FMA: bool>(shift: u32, scale: f32, weights: &[f32], codes: &mut [u8]) {
+    if FMA && Divisor::serves(scale) {
+        let divisor = Divisor::new(scale);
+        put(shift, weights, codes, |weight| divisor.divide(weight));
+    } else {
+        put(shift, weights, codes, |weight| weight / scale);
+    }
+}
+
+#[inline(always)]
+fn put(shift: u32, weights: &[f32], codes: &mut [u8], divide: impl Fn(f32) -> f32) {
+    let kept = if shift == 0 { 0 } else { 15 };
+    let put = |code: &mut u8, weight| *code = *code & kept | to_int4(divide(weight)) << shift;
+    // Runs of a fixed length, so that bytes are put together from whole vectors.
+    let (runs, rest) = weights.as_chunks::<32>();
+    let (places, last) = codes.as_chunks_mut::<32>();
+    for (weights, codes) in runs.iter().zip(places) {
+        for (code, &weight) in codes.iter_mut().zip(weights) {
+            put(code, weight);
+        }
+    }
+    for (code, &weight) in last.iter_mut().zip(rest) {
+        put(code, weight);
     }
 }
 

@@ -36,14 +36,14 @@
 //!
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
-use super::rows8::{self, shortened, TO_WHOLE};
+use super::rows8::{self, shortened, Divisor, TO_WHOLE};
 use super::{
     Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
     Span,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::{float, shape};
+use crate::{float, kernels, shape};
 
 /// Group sizes, the one that is taken first; rows of at most this many weights are one group.
 pub const GROUPS: [u64; 4] = [128, 96, 64, 32];
@@ -312,8 +312,9 @@ impl Format for QuantoBits {
         let groups = weights
             .chunks_exact(count)
             .zip(statistics.chunks_exact_mut(pair));
+        let level = kernels::level();
         for (number, (weights, place)) in groups.enumerate() {
-            let (least, greatest) = range_of(weights);
+            let (least, greatest) = kernels::range_f32(level, weights);
             let range = rows8::round_to(sizes.dtype, greatest - least);
             if range.is_infinite() {
                 let index = first + (number * count) as u64;
@@ -347,25 +348,20 @@ impl Format for QuantoBits {
         }
         let (fold, number) = (self.fold(layout), first / sizes.group);
         let group = shape::to_usize(sizes.group)?;
+        let level = kernels::level();
         for (index, weights) in (0..).zip(weights.chunks_exact(group)) {
             let (row, bit) = self.place(fold, &sizes, number, index);
             let start = shape::to_usize(row)? * group;
             let codes = codes.get_mut(start..start + group).ok_or_else(cut_short)?;
             let (scale, shift) = sizes.read(statistics, number + index)?;
             let most = self.most();
-            match sizes.dtype {
-                Dtype::BF16 => put(codes, weights, bit, |weight| {
-                    let sum = shortened::<16>(weight + shift);
-                    nearest(shortened::<16>(sum / scale), most)
-                }),
-                Dtype::F16 => put(codes, weights, bit, |weight| {
-                    let sum = shortened::<13>(weight + shift);
-                    nearest(shortened::<13>(sum / scale), most)
-                }),
-                _ => put(codes, weights, bit, |weight| {
-                    nearest((weight + shift) / scale, most)
-                }),
-            }
+            let bits = Bits {
+                bit,
+                most,
+                scale,
+                shift,
+            };
+            kernels::put_bits(level, sizes.dtype, bits, weights, codes);
         }
         Ok(())
     }
@@ -475,7 +471,8 @@ impl QuantoBits {
 }
 
 /// The least and the greatest of some weights.
-fn range_of(weights: &[f32]) -> (f32, f32) {
+#[inline(always)]
+pub(crate) fn range_body(weights: &[f32]) -> (f32, f32) {
     let lower = |a: f32, b: f32| if b < a { b } else { a };
     let higher = |a: f32, b: f32| if b > a { b } else { a };
     // Several at a time, so that one comparison does not wait for the other.
@@ -489,13 +486,19 @@ fn range_of(weights: &[f32]) -> (f32, f32) {
             *greatest = higher(*greatest, weight);
         }
     }
+    for width in [8, 4, 2, 1] {
+        let (low, high) = least.split_at_mut(width);
+        for (a, &b) in low.iter_mut().zip(&*high) {
+            *a = lower(*a, b);
+        }
+        let (low, high) = greatest.split_at_mut(width);
+        for (a, &b) in low.iter_mut().zip(&*high) {
+            *a = higher(*a, b);
+        }
+    }
     (
-        least.iter().chain(rest).copied().fold(f32::INFINITY, lower),
-        greatest
-            .iter()
-            .chain(rest)
-            .copied()
-            .fold(f32::NEG_INFINITY, higher),
+        rest.iter().copied().fold(least[0], lower),
+        rest.iter().copied().fold(greatest[0], higher),
     )
 }
 
@@ -503,6 +506,64 @@ fn range_of(weights: &[f32]) -> (f32, f32) {
 #[inline(always)]
 fn nearest(value: f32, most: f32) -> u8 {
     (value.max(0.0).min(most) + TO_WHOLE).to_bits() as u8
+}
+
+/// How weights become codes of a group, and where these go.
+#[derive(Debug, Clone, Copy)]
+pub struct Bits {
+    /// First bit of a code in its byte.
+    pub bit: u32,
+    /// The largest code.
+    pub most: f32,
+    /// What is added to a weight, and what the sum is divided by.
+    pub shift: f32,
+    pub scale: f32,
+}
+
+/// Codes of one group, each step rounded to `dtype`. With `FMA` as [`rows8::encode_body`].
+#[inline(always)]
+pub(crate) fn put_body<const FMA: bool>(
+    dtype: Dtype,
+    bits: Bits,
+    weights: &[f32],
+    codes: &mut [u8],
+) {
+    if FMA && Divisor::serves(bits.scale) {
+        let divisor = Divisor::new(bits.scale);
+        rounded(dtype, bits, weights, codes, |sum| divisor.divide(sum));
+    } else {
+        rounded(dtype, bits, weights, codes, |sum| sum / bits.scale);
+    }
+}
+
+#[inline(always)]
+fn rounded(
+    dtype: Dtype,
+    bits: Bits,
+    weights: &[f32],
+    codes: &mut [u8],
+    divide: impl Fn(f32) -> f32,
+) {
+    let Bits {
+        bit, most, shift, ..
+    } = bits;
+    match dtype {
+        Dtype::BF16 => put(codes, weights, bit, |weight| {
+            nearest(
+                shortened::<16>(divide(shortened::<16>(weight + shift))),
+                most,
+            )
+        }),
+        Dtype::F16 => put(codes, weights, bit, |weight| {
+            nearest(
+                shortened::<13>(divide(shortened::<13>(weight + shift))),
+                most,
+            )
+        }),
+        _ => put(codes, weights, bit, |weight| {
+            nearest(divide(weight + shift), most)
+        }),
+    }
 }
 
 /// Puts a code for each weight to bit `bit` of its byte; those of bit 0 clear the rest of it.

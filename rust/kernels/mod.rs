@@ -28,7 +28,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
-use crate::formats::{e2m1, fp4_blocks, rows8};
+use crate::formats::{e2m1, fp4_blocks, int4_rows, quanto_bits, rows8};
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
@@ -188,6 +188,16 @@ offers! {
         zeros: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
+    /// Parts of the encoders of `quanto_bits` and `int4_rows`, likewise.
+    fn range_f32 [avx2 avx512] (weights: &[f32]) -> (f32, f32) = quanto_bits::range_body(weights);
+    fn put_bits [avx2 avx512] (
+        dtype: crate::dtype::Dtype,
+        bits: quanto_bits::Bits,
+        weights: &[f32],
+        codes: &mut [u8],
+    ) -> () = quanto_bits::put_body::<false>(dtype, bits, weights, codes);
+    fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: &[f32], codes: &mut [u8]) -> ()
+        = int4_rows::put_body::<false>(shift, scale, weights, codes);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.
     fn encode_e2m1 [avx2 avx2] (
         rounding: e2m1::Rounding,

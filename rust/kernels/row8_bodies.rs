@@ -4,8 +4,8 @@
 macro_rules! row8_bodies {
     ($features:literal) => {
         use crate::dtype::Dtype;
-        use crate::formats::fp4_blocks;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
+        use crate::formats::{fp4_blocks, int4_rows, quanto_bits};
 
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
@@ -54,6 +54,31 @@ macro_rules! row8_bodies {
             weights: &mut [f32],
         ) {
             rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn range_f32(weights: &[f32]) -> (f32, f32) {
+            quanto_bits::range_body(weights)
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn put_bits(
+            dtype: Dtype,
+            bits: quanto_bits::Bits,
+            weights: &[f32],
+            codes: &mut [u8],
+        ) {
+            quanto_bits::put_body::<true>(dtype, bits, weights, codes);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn put_int4(
+            shift: u32,
+            scale: f32,
+            weights: &[f32],
+            codes: &mut [u8],
+        ) {
+            int4_rows::put_body::<true>(shift, scale, weights, codes);
         }
 
         #[target_feature(enable = $features)]
