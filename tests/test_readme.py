@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import weightpack as wp
+
+from .conftest import write_safetensors as write_arrays
 from .engine.conftest import normal, write_safetensors
+from .engine.packed_sources import gptq, part
 from .pipelines.tiny import save as save_pipeline
 
 README = Path(__file__).parents[1] / "README.md"
@@ -50,8 +54,26 @@ def make_model(folder: Path) -> None:
     write_safetensors(folder / "model.safetensors", tensors)
 
 
+def make_gptq(model: Path, folder: Path) -> None:
+    """The same model with its linear layers in GPTQ."""
+    folder.mkdir()
+    tensors, section = {}, None
+    with wp.open_checkpoint(model) as checkpoint:
+        for number, (name, entry) in enumerate(checkpoint.items()):
+            if "_proj" in name:
+                made = gptq(number, *entry.shape)
+                module, section = name.removesuffix("weight"), made.section
+                tensors |= {f"{module}{suffix}": array for suffix, array in made.arrays.items()}
+            else:
+                tensors[name] = part("F32", normal(entry.shape).astype("float32"))
+    write_arrays(folder / "model.safetensors", tensors)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+
+
 def test_commands_and_code_run_as_written(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
+    make_gptq(tmp_path / "model", tmp_path / "model-gptq")
     save_pipeline(tmp_path / "pipeline")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("weightpack ")]
     assert len(commands) > 8

@@ -26,8 +26,8 @@ from conversion import cpu_name
 from gguf_types import best
 
 import weightpack as wp
-from weightpack import _rust
 from loading import versions
+from weightpack import _rust
 
 COLUMNS = 4096
 
