@@ -42,6 +42,7 @@ pub mod ggml_search;
 pub mod ggml_ternary;
 pub mod grid;
 pub mod grouped;
+pub mod hqq;
 #[doc(hidden)]
 pub mod int4_rows;
 mod iq1_search;
@@ -119,6 +120,8 @@ pub struct Params {
     pub grid: Option<Grid>,
     /// Whole numbers in groups: how they are packed. Set by the reader.
     pub integers: Option<Arc<Integers>>,
+    /// HQQ: what one weight says of its codes. Set by the reader.
+    pub hqq: Option<hqq::Record>,
 }
 
 /// How much each weight of a row counts: one number per column, the same for every row of a matrix.
@@ -196,6 +199,7 @@ impl Default for Params {
             importance: None,
             grid: None,
             integers: None,
+            hqq: None,
         }
     }
 }
@@ -599,6 +603,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &grouped::GPTQ,
     &grouped::AWQ,
     &grouped::COMPRESSED,
+    &hqq::HQQ,
     &fp4::COMPRESSED_NVFP4,
     &fp4::COMPRESSED_MXFP4,
     &grid::INT8,

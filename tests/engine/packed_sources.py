@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ..conftest import Tensor
+from . import hqq_layers
 
 AWQ_ROWS = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -187,6 +188,12 @@ def one_bit(seed: int, rows: int, columns: int) -> Packed:
     return Packed(codes * scales.astype(np.float64), arrays, section, told)
 
 
+def hqq(seed: int, rows: int, columns: int) -> Packed:
+    """4 bits in groups of 64 along rows, as most checkpoints are."""
+    weights, arrays = hqq_layers.layer(seed, rows, columns)
+    return Packed(weights, arrays, hqq_layers.section())
+
+
 def _compressed(**weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
@@ -242,5 +249,6 @@ DECODED_ONLY: Mapping[str, Callable[[int, int, int], Packed]] = {
     "modelopt:mxfp8": mxfp8,
     "torchao:intx1": one_bit,
     "mxfp4:experts": experts,
+    "hqq:int": hqq,
 }
 """What makes a weight of a seed, a number of rows and one of columns."""

@@ -61,6 +61,7 @@ def stored(path: Path) -> dict[str, tuple[str, bytes]]:
     [
         ("gptq:int", "q8_0"),
         ("awq:int", "q8_0"),
+        ("hqq:int", "q4_k_m"),
         ("compressed-tensors:int", "q4_0"),
         ("fp8:block", "q4_k_m"),
         ("fp8:block", "bf16"),

@@ -40,6 +40,7 @@ TABLE = (
     Row("awq", is_target=False),
     Row("compressed-tensors", is_target=False),
     Row("mxfp4", is_target=False),
+    Row("hqq", is_target=False),
 )
 TARGETS = frozenset(row.name for row in TABLE if row.is_target)
 """Backends whose formats pack linear layers of a result."""

@@ -8,6 +8,7 @@ mod compressed;
 mod experts;
 mod fp8;
 mod grouped;
+mod hqq;
 mod modelopt;
 mod quanto;
 mod torchao;
@@ -91,6 +92,7 @@ const PACKINGS: &[Find] = &[
     torchao::find,
     quanto::find,
     grouped::find,
+    hqq::find,
     compressed::find,
     modelopt::find,
     fp8::find,
