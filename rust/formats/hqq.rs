@@ -26,7 +26,8 @@
 //! w = (code − z)·s in 64 bits, rounded to `f32`. hqq computes it in the type of the scales and rounds the
 //! difference and the product to it, so that its own weights are a little further from the formula.
 //!
-//! Source: hqq 0.2.8 (`BitPack`, `Quantizer`, `HQQLinear.state_dict`), whose state is what transformers saves.
+//! Source: hqq 0.2.8 (`BitPack`, `Quantizer`, `HQQLinear.state_dict`), whose state transformers 4 saves as it
+//! is; transformers 5.23 neither packs nor loads such models.
 
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,

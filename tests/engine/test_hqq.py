@@ -1,8 +1,9 @@
-"""HQQ as a source: the state of its layers, by the published formula."""
+"""HQQ as a source: the state of its layers, by hqq itself and by the published formula."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -49,11 +50,19 @@ def test_codes_that_are_stored_as_floats(tmp_path, bits, axis, scale):
     check(folder(tmp_path, named(arrays), section()), weights)
 
 
-@pytest.mark.parametrize(("nbits", "bits"), [(6, 8), (5, 8), (1.58, 2)])
-def test_the_packing_decides_and_not_the_number_of_bits(tmp_path, nbits, bits):
-    weights, arrays = layer(7, 32, 64, bits)
-    arrays["nbits"] = encoded(nbits) if isinstance(nbits, int) else stored("F32", np.float32(nbits))
-    check(folder(tmp_path, named(arrays), section()), weights)
+GOLDEN = json.loads((Path(__file__).parent.parent / "vectors" / "hqq.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['bits']} bits, axis {case['axis']}")
+def test_layers_of_hqq_are_what_it_makes_of_them(tmp_path, case):
+    read = {name: (dtype, shape, bytes.fromhex(data)) for name, (dtype, shape, data) in case["arrays"].items()}
+    _, shape, data = case["weights"]
+    weights = np.frombuffer(bytes.fromhex(data), np.float32).reshape(shape)
+    write_safetensors(tmp_path / "model.safetensors", named(read))
+    with wp.open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
+        assert list(checkpoint) == ["layer.weight"]
+        assert (checkpoint["layer.weight"].format, checkpoint["layer.weight"].dtype) == ("hqq:int", "F16")
+        np.testing.assert_array_equal(checkpoint.read("layer.weight", dtype="float32"), weights)
 
 
 def test_layers_are_known_without_a_config(tmp_path):

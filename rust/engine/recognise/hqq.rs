@@ -1,5 +1,5 @@
 //! HQQ: by the names of codes and of the arrays beside them, in which each layer says how it is packed. So
-//! the state of hqq's layers is stored, by hqq and by transformers; `config.json` is not needed.
+//! the state of hqq's layers is stored, by hqq and by transformers 4; `config.json` is not needed.
 
 use super::{module_of, Recognised, Sources};
 use crate::dtype::Dtype;
