@@ -65,6 +65,9 @@ pub const PACKINGS: &[(&str, u32)] = &[
     ("1bit_u8", 1),
 ];
 
+/// Weights whose scales are widened together.
+const RUN: usize = 256;
+
 /// What one weight says of its codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record {
@@ -258,36 +261,99 @@ impl Format for Hqq {
             let here_zeros = taken(&mut zeros, groups * scale)?;
             let last = of.sharing().saturating_sub(1);
             let bit = of.bits * last.saturating_sub(part) as u32;
-            let length = if of.is_line { group } else { 1 };
-            let runs = here
-                .chunks_exact_mut(length)
-                .zip(here_codes.chunks_exact(length * element))
-                .zip(
-                    here_scales
-                        .chunks_exact(scale)
-                        .zip(here_zeros.chunks_exact(scale)),
-                );
-            for ((weights, codes), (scale, zero)) in runs {
-                let (mut s, mut z) = ([0.0], [0.0]);
-                float::widen(of.scale, scale, &mut s, false)?;
-                float::widen(of.scale, zero, &mut z, false)?;
-                let (s, z) = (f64::from(s[0]), f64::from(z[0]));
-                let mask = (1u32 << of.bits) - 1;
-                if element == 1 {
-                    for (weight, code) in weights.iter_mut().zip(codes) {
-                        let code = u32::from(*code) >> bit & mask;
-                        *weight = ((f64::from(code) - z) * s) as f32;
-                    }
-                } else {
-                    let (words, _) = codes.as_chunks::<4>();
-                    for (weight, word) in weights.iter_mut().zip(words) {
-                        let code = u32::from_le_bytes(*word) >> bit & mask;
-                        *weight = ((f64::from(code) - z) * s) as f32;
-                    }
-                }
+            let codes = Codes {
+                bytes: here_codes,
+                element,
+                bit,
+                mask: (1u32 << of.bits) - 1,
+            };
+            if of.is_line {
+                codes.of_lines(of.scale, here_scales, here_zeros, group, here)?;
+            } else {
+                codes.of_columns(of.scale, here_scales, here_zeros, here)?;
             }
         }
         Ok(())
+    }
+}
+
+/// Codes that begin at the same bit of bytes or words.
+struct Codes<'b> {
+    bytes: &'b [u8],
+    /// Bytes of a word.
+    element: usize,
+    bit: u32,
+    mask: u32,
+}
+
+impl Codes<'_> {
+    /// Weights of whole groups, each with one scale and one zero.
+    fn of_lines(
+        &self,
+        dtype: Dtype,
+        scales: &[u8],
+        zeros: &[u8],
+        group: usize,
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let bytes = shape::to_usize(dtype.alignment())?;
+        let groups = weights
+            .chunks_exact_mut(group)
+            .zip(self.bytes.chunks_exact(group * self.element))
+            .zip(scales.chunks_exact(bytes).zip(zeros.chunks_exact(bytes)));
+        for ((weights, codes), (scale, zero)) in groups {
+            let (mut s, mut z) = ([0.0], [0.0]);
+            float::widen(dtype, scale, &mut s, false)?;
+            float::widen(dtype, zero, &mut z, false)?;
+            let (s, z) = (f64::from(s[0]), f64::from(z[0]));
+            self.each(codes, weights, |weight, code| {
+                *weight = ((f64::from(code) - z) * s) as f32;
+            });
+        }
+        Ok(())
+    }
+
+    /// Weights that each have a scale and a zero of their own.
+    fn of_columns(
+        &self,
+        dtype: Dtype,
+        scales: &[u8],
+        zeros: &[u8],
+        weights: &mut [f32],
+    ) -> Result<()> {
+        let bytes = shape::to_usize(dtype.alignment())?;
+        let (mut s, mut z) = ([0.0; RUN], [0.0; RUN]);
+        let runs = weights
+            .chunks_mut(RUN)
+            .zip(self.bytes.chunks(RUN * self.element))
+            .zip(scales.chunks(RUN * bytes).zip(zeros.chunks(RUN * bytes)));
+        for ((weights, codes), (scales, zeros)) in runs {
+            let (s, _) = s.split_at_mut(weights.len());
+            let (z, _) = z.split_at_mut(weights.len());
+            float::widen(dtype, scales, s, false)?;
+            float::widen(dtype, zeros, z, false)?;
+            self.each(codes, weights, |weight, code| *weight = code as f32);
+            for (weight, (s, z)) in weights.iter_mut().zip(s.iter().zip(z.iter())) {
+                let difference = f64::from(*weight) - f64::from(*z);
+                *weight = (difference * f64::from(*s)) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `take` with each weight and its code.
+    #[inline(always)]
+    fn each(&self, codes: &[u8], weights: &mut [f32], take: impl Fn(&mut f32, u32)) {
+        if self.element == 1 {
+            for (weight, code) in weights.iter_mut().zip(codes) {
+                take(weight, u32::from(*code) >> self.bit & self.mask);
+            }
+        } else {
+            let (words, _) = codes.as_chunks::<4>();
+            for (weight, word) in weights.iter_mut().zip(words) {
+                take(weight, u32::from_le_bytes(*word) >> self.bit & self.mask);
+            }
+        }
     }
 }
 
