@@ -4,6 +4,7 @@
 //! Every function here may be called only on a processor that has all three features.
 
 mod blocks;
+mod bodies;
 mod decode_iq;
 mod decode_k;
 mod e2m1;
@@ -12,10 +13,10 @@ mod lanes;
 mod levels;
 mod mx;
 mod points;
-mod rows8;
 mod splits;
 mod ternary;
 
+pub(super) use bodies::*;
 pub(super) use decode_iq::*;
 pub(super) use decode_k::*;
 pub(super) use e2m1::*;
@@ -24,7 +25,6 @@ pub(super) use lanes::*;
 pub(super) use levels::*;
 pub(super) use mx::*;
 pub(super) use points::*;
-pub(super) use rows8::*;
 pub(super) use splits::*;
 pub(super) use ternary::*;
 

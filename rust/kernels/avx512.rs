@@ -3,13 +3,13 @@
 //!
 //! Every function here may be called only on a processor that has these features.
 
+mod bodies;
 mod lanes;
 mod levels;
-mod rows8;
 
+pub(super) use bodies::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
-pub(super) use rows8::*;
 
 use std::arch::x86_64::*;
 

@@ -15,9 +15,9 @@
 mod avx2;
 #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
 mod avx512;
-pub(crate) mod points;
 #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
-mod row8_bodies;
+mod bodies;
+pub(crate) mod points;
 pub mod search;
 pub(crate) mod splits;
 mod sums;

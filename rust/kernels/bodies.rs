@@ -1,7 +1,7 @@
 //! The portable bodies for rows and groups of bytes and of small floats, compiled for the vectors of a level.
 
 /// Defines the kernels with the given target features enabled.
-macro_rules! row8_bodies {
+macro_rules! bodies {
     ($features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
@@ -111,4 +111,4 @@ macro_rules! row8_bodies {
         }
     };
 }
-pub(super) use row8_bodies;
+pub(super) use bodies;
