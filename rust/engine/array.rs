@@ -333,10 +333,10 @@ impl Source<'_> {
     fn gather(&self, fold: Fold, tile: &Range<u64>, weights: &mut [f32]) -> Result<()> {
         let row_weights = fold.row_weights();
         let rows = weights.chunks_exact_mut(shape::to_usize(row_weights)?);
-        for (row, weights) in (tile.start / row_weights..).zip(rows) {
-            let first = fold.row(row) * row_weights;
+        let to_odd = self.format.rounds_to_16_bits();
+        for (row, weights) in fold.rows_from(tile.start / row_weights).zip(rows) {
+            let first = row * row_weights;
             let range = first * self.weight_bytes..(first + row_weights) * self.weight_bytes;
-            let to_odd = self.format.rounds_to_16_bits();
             float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
         }
         Ok(())

@@ -40,6 +40,19 @@ impl Fold {
         row % self.parts * self.part_rows + row / self.parts
     }
 
+    /// The rows in memory from row `first` in this order on.
+    pub fn rows_from(self, first: u64) -> impl Iterator<Item = u64> {
+        let (mut part, mut row) = (first % self.parts, first / self.parts);
+        std::iter::from_fn(move || {
+            let here = part * self.part_rows + row;
+            part += 1;
+            if part == self.parts {
+                (part, row) = (0, row + 1);
+            }
+            Some(here)
+        })
+    }
+
     /// The weight in memory that is weight `weight` in this order.
     pub fn weight(self, weight: u64) -> u64 {
         self.row(weight / self.row_weights) * self.row_weights + weight % self.row_weights
@@ -55,6 +68,10 @@ mod tests {
         let fold = Fold::new(3, 8, 4).unwrap();
         let rows: Vec<u64> = (0..8).map(|row| fold.row(row)).collect();
         assert_eq!(rows, [0, 2, 4, 6, 1, 3, 5, 7]);
+        for first in 0..8 {
+            let from: Vec<u64> = fold.rows_from(first).take(8 - first as usize).collect();
+            assert_eq!(from, rows[first as usize..]);
+        }
         let mut weights: Vec<u64> = (0..24).map(|weight| fold.weight(weight)).collect();
         assert_eq!(weights[..6], [0, 1, 2, 6, 7, 8]);
         weights.sort_unstable();

@@ -37,6 +37,7 @@
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
 use super::rows8::{self, shortened, Divisor, TO_WHOLE};
+use super::scaled::read_scale;
 use super::{
     Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
     Span,
@@ -195,10 +196,8 @@ impl Sizes {
         let pair = self.scale_bytes() * 2;
         let start = shape::to_usize(number * pair)?;
         let bytes = statistics.get(start..start + shape::to_usize(pair)?);
-        let mut found = [0.0; 2];
-        float::widen(self.dtype, bytes.ok_or_else(cut_short)?, &mut found, false)?;
-        let [scale, shift] = found;
-        Ok((scale, shift))
+        let (scale, shift) = bytes.ok_or_else(cut_short)?.split_at(pair as usize / 2);
+        Ok((read_scale(self.dtype, scale), read_scale(self.dtype, shift)))
     }
 }
 
@@ -326,8 +325,9 @@ impl Format for QuantoBits {
                     sizes.dtype
                 )));
             }
-            let scale = rows8::round_to(sizes.dtype, range / self.most());
-            float::narrow(sizes.dtype, &[scale, -least], place)?;
+            let (scale_place, shift_place) = place.split_at_mut(pair / 2);
+            rows8::put_number(sizes.dtype, range / self.most(), scale_place);
+            rows8::put_number(sizes.dtype, -least, shift_place);
         }
         Ok(())
     }
@@ -348,13 +348,9 @@ impl Format for QuantoBits {
         }
         let (fold, number) = (self.fold(layout), first / sizes.group);
         let group = shape::to_usize(sizes.group)?;
-        let level = kernels::level();
-        for (index, weights) in (0..).zip(weights.chunks_exact(group)) {
-            let (row, bit) = self.place(fold, &sizes, number, index);
-            let start = shape::to_usize(row)? * group;
-            let codes = codes.get_mut(start..start + group).ok_or_else(cut_short)?;
+        let (level, most) = (kernels::level(), self.most());
+        let put = |index: u64, bit, weights: &[f32], codes: &mut [u8]| {
             let (scale, shift) = sizes.read(statistics, number + index)?;
-            let most = self.most();
             let bits = Bits {
                 bit,
                 most,
@@ -362,6 +358,24 @@ impl Format for QuantoBits {
                 shift,
             };
             kernels::put_bits(level, sizes.dtype, bits, weights, codes);
+            Ok(())
+        };
+        let mut groups = (0..).zip(weights.chunks_exact(group));
+        if fold.is_some() {
+            // Neighbours in this order share their bytes.
+            for codes in codes.chunks_exact_mut(group) {
+                let shared = groups.by_ref().take(self.parts() as usize);
+                for (part, (index, weights)) in (0..).zip(shared) {
+                    put(index, part * self.bits, weights, codes)?;
+                }
+            }
+            return Ok(());
+        }
+        for (index, weights) in groups {
+            let (row, bit) = self.place(fold, &sizes, number, index);
+            let start = shape::to_usize(row)? * group;
+            let codes = codes.get_mut(start..start + group).ok_or_else(cut_short)?;
+            put(index, bit, weights, codes)?;
         }
         Ok(())
     }

@@ -91,6 +91,15 @@ pub fn round_to(dtype: Dtype, value: f32) -> f32 {
     }
 }
 
+/// A number of type `dtype` (F32, F16 or BF16), to the bytes of `place`, which are as many.
+pub fn put_number(dtype: Dtype, value: f32, place: &mut [u8]) {
+    match dtype {
+        Dtype::F16 => place.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        Dtype::BF16 => place.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+        _ => place.copy_from_slice(&value.to_le_bytes()),
+    }
+}
+
 /// Largest magnitude of finite weights.
 pub fn largest(level: Level, weights: &[f32]) -> f32 {
     kernels::most_f32(level, weights)
