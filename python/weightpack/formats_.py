@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from . import _arrays, _rust
-from .errors import CheckpointError, ConfigError, FormatError
-from .targets import FormatInfo, find_format, format_table
+from .errors import CheckpointError, ConfigError, FormatError, UnsupportedError
+from .targets import FormatInfo, find_format, format_table, match
 
 _STATE = "quant_state.bitsandbytes__"
 
@@ -65,6 +65,10 @@ def quantize(
     ((64, 1), array([1., 1.], dtype=float32))
     """
     weights = _arrays.view_floats(array)
+    row = match(format, format_table())
+    if row is not None and row.encodes == "never":
+        # Before its shape is looked at, which has to fit what is decoded only.
+        raise UnsupportedError(f"{row.name}: is decoded, and not encoded")
     columns = None
     if importance is not None:
         if not format.lower().startswith("gguf:") and find_format(format).backend != "gguf":
