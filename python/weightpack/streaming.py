@@ -38,7 +38,7 @@ class Job:
     `rows`, where given, are rows of tensors that joined in this order are the tensor (`name` is then
     the name of one of these), `shape` the shape of the result where it is not that of the source (the
     same weights in the same order), and `add` is added to every weight before it is rounded.
-    `transpose` exchanges rows and columns of a matrix of plain numbers.
+    `transpose` exchanges rows and columns of a matrix, or of each matrix of a stack.
     """
 
     name: str
@@ -173,7 +173,7 @@ def _type_name(dtype: Any) -> str:
 def _shape(job: Job, entry: Entry) -> tuple[int, ...]:
     """The shape of the result."""
     shape = _source_shape(job, entry)
-    return shape[::-1] if job.transpose else shape
+    return (*shape[:-2], *reversed(shape[-2:])) if job.transpose else shape
 
 
 def _source_shape(job: Job, entry: Entry) -> tuple[int, ...]:
