@@ -44,9 +44,19 @@ pub fn derive(checkpoint: &Checkpoint, assignment: &Assignment) -> Result<Option
 pub fn transpose(tensor: &Tensor) -> Result<Tensor> {
     let array = match whole_array(tensor) {
         Some(array) => array.clone(),
-        None => Decoded::new(tensor.clone())?.stored()?,
+        None => decoded(tensor)?,
     };
-    let mut result = plain_tensor(turned(Transposed::new(array)?))?;
+    in_place_of(tensor, turned(Transposed::new(array)?))
+}
+
+/// An array of the decoded weights.
+fn decoded(tensor: &Tensor) -> Result<Stored> {
+    Decoded::new(tensor.clone())?.stored()
+}
+
+/// The tensor that `array`, made of `tensor`, is by itself.
+fn in_place_of(tensor: &Tensor, array: Stored) -> Result<Tensor> {
+    let mut result = plain_tensor(array)?;
     result.name.clone_from(&tensor.name);
     result.dtype = tensor.dtype;
     Ok(result)
@@ -67,10 +77,7 @@ pub fn folded(tensor: &Tensor, fold: Fold) -> Result<Tensor> {
         .and_then(|array| Some((array.clone(), row_bytes(array.entry.dtype, row).ok()?)));
     let (mut array, row_bytes) = match stored {
         Some(stored) => stored,
-        None => (
-            Decoded::new(tensor.clone())?.stored()?,
-            row_bytes(Dtype::F32, row)?,
-        ),
+        None => (decoded(tensor)?, row_bytes(Dtype::F32, row)?),
     };
     let mut gather = Gather::default();
     let order = Order::new(fold.rows(), 1, fold.parts())?;
@@ -83,10 +90,7 @@ pub fn folded(tensor: &Tensor, fold: Fold) -> Result<Tensor> {
         )));
     }
     array.made = Some(Made::Rows(Arc::new(gather)));
-    let mut result = plain_tensor(array)?;
-    result.name.clone_from(&tensor.name);
-    result.dtype = tensor.dtype;
-    Ok(result)
+    in_place_of(tensor, array)
 }
 
 /// The one array of a tensor that is stored as one.
@@ -214,11 +218,11 @@ fn stored_rows(source: &Tensor) -> Result<Cow<'_, Stored>> {
     }
 }
 
-/// An array of the decoded weights.
+/// An array of the weights in `f32`.
 fn weights_of(source: &Tensor) -> Result<Stored> {
     match whole_array(source) {
         Some(array) if array.entry.dtype == Dtype::F32 => Ok(array.clone()),
-        _ => Decoded::new(source.clone())?.stored(),
+        _ => decoded(source),
     }
 }
 

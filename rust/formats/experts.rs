@@ -20,9 +20,7 @@
 //! Peer: transformers 5.23 (`convert_moe_packed_tensors`). Decoded, and not encoded.
 
 use super::e2m1::SIGNED_VALUES;
-use super::{
-    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
-};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float8::of_e8m0;
@@ -101,17 +99,6 @@ impl Format for MxFp4 {
         } else {
             1
         })
-    }
-
-    fn encode(
-        &self,
-        layout: &Layout,
-        _first: u64,
-        _weights: &[f32],
-        _statistics: &[u8],
-        _parts: &mut PartsMut<'_>,
-    ) -> Result<()> {
-        self.check_encodes(&layout.params)
     }
 
     fn decode(

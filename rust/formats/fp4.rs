@@ -36,7 +36,6 @@
 //! v; gate and up) one g, made of the largest magnitude of them all; a conversion names such layers
 //! (`shared_scale` of its request), and a weight encoded by itself has its own.
 
-use super::e2m1;
 use super::fp4_blocks::{self, Rule, Scales};
 use super::scaled::{join_magnitudes, most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
@@ -44,7 +43,6 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::float8::E4M3_MOST;
 use crate::kernels;
 use crate::shape;
 
@@ -200,8 +198,7 @@ impl Format for NvFp4 {
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
-        let scale = most_measured(statistics) / (e2m1::MOST * E4M3_MOST);
-        layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
+        layout.params.tensor_scale = fp4_blocks::tensor_scale(most_measured(statistics));
         Ok(())
     }
 

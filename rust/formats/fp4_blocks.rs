@@ -47,6 +47,16 @@ impl Scales {
     }
 }
 
+/// NVFP4's scale of a tensor whose largest magnitude is `most`: with it no scale of a block is beyond E4M3.
+pub fn tensor_scale(most: f32) -> f32 {
+    let scale = most / (e2m1::MOST * E4M3_MOST);
+    if scale > 0.0 {
+        scale
+    } else {
+        1.0
+    }
+}
+
 /// Codes and scales of whole blocks.
 pub fn encode(level: Level, rule: Rule, weights: &[f32], codes: &mut [u8], scales: &mut [u8]) {
     kernels::encode_fp4_blocks(level, rule, weights, codes, scales);

@@ -18,9 +18,7 @@
 
 use super::rows8::{self, Codes};
 use super::scaled::{read_scale, scale_bytes};
-use super::{
-    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
-};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{kernels, shape};
@@ -189,17 +187,6 @@ impl Format for Gridded {
             unit_weights: if down > 1 { cells } else { columns },
             statistics: None,
         })
-    }
-
-    fn encode(
-        &self,
-        layout: &Layout,
-        _first: u64,
-        _weights: &[f32],
-        _statistics: &[u8],
-        _parts: &mut PartsMut<'_>,
-    ) -> Result<()> {
-        self.check_encodes(&layout.params)
     }
 
     fn decode(

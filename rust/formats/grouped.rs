@@ -26,9 +26,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
-};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{float, shape};
@@ -226,17 +224,6 @@ impl Format for Grouped {
             unit_weights: unit,
             statistics: None,
         })
-    }
-
-    fn encode(
-        &self,
-        layout: &Layout,
-        _first: u64,
-        _weights: &[f32],
-        _statistics: &[u8],
-        _parts: &mut PartsMut<'_>,
-    ) -> Result<()> {
-        self.check_encodes(&layout.params)
     }
 
     fn decode(

@@ -29,9 +29,7 @@
 //! Source: hqq 0.2.8 (`BitPack`, `Quantizer`, `HQQLinear.state_dict`), whose state transformers 4 saves as it
 //! is; transformers 5.23 neither packs nor loads such models.
 
-use super::{
-    Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
-};
+use super::{Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, Span};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::{float, shape};
@@ -219,17 +217,6 @@ impl Format for Hqq {
             unit_weights: unit,
             statistics: None,
         })
-    }
-
-    fn encode(
-        &self,
-        layout: &Layout,
-        _first: u64,
-        _weights: &[f32],
-        _statistics: &[u8],
-        _parts: &mut PartsMut<'_>,
-    ) -> Result<()> {
-        self.check_encodes(&layout.params)
     }
 
     fn decode(

@@ -455,15 +455,19 @@ pub trait Format: Sync + Send {
 
     /// Encodes the tile that begins at weight `first` into its part of each sliced component.
     /// `statistics` is the whole tensor's (empty for one-pass formats). The weights are finite
-    /// unless the caller chose to keep non-finite ones.
+    /// unless the caller chose to keep non-finite ones. Formats that are only decoded leave it out.
     fn encode(
         &self,
         layout: &Layout,
-        first: u64,
-        weights: &[f32],
-        statistics: &[u8],
-        parts: &mut PartsMut<'_>,
-    ) -> Result<()>;
+        _first: u64,
+        _weights: &[f32],
+        _statistics: &[u8],
+        _parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        self.check_encodes(&layout.params)?;
+        let name = self.info().name;
+        Err(Error::Internal(format!("{name} has no encoder")))
+    }
 
     /// Decodes the tile that begins at weight `first`.
     fn decode(

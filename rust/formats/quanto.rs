@@ -24,6 +24,7 @@
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint8`, `qfloat8`, axis 0). Its int4 and int2 are in `quanto_bits`.
 
 use super::rows8::{self, Codes, Scaling};
+use super::scaled::read_scale;
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
 };
@@ -31,7 +32,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float8::E4M3_MOST;
 use crate::kernels::{self, Level};
-use crate::{float, shape};
+use crate::shape;
 
 /// One of the two formats.
 pub struct Quanto {
@@ -151,7 +152,7 @@ impl Format for Quanto {
             .zip(scales.chunks_exact_mut(scale_bytes));
         for ((weights, codes), place) in rows {
             let scale = encode_row(kernels::level(), self.codes, dtype, weights, codes);
-            float::narrow(dtype, &[scale], place)?;
+            rows8::put_number(dtype, scale, place);
         }
         Ok(())
     }
@@ -172,9 +173,8 @@ impl Format for Quanto {
             .zip(codes.chunks_exact(row_weights))
             .zip(scales.chunks_exact(scale_bytes));
         for ((weights, codes), place) in rows {
-            let mut scale = [0.0];
-            float::widen(dtype, place, &mut scale, false)?;
-            rows8::decode(kernels::level(), self.codes, 0, scale[0], codes, weights);
+            let scale = read_scale(dtype, place);
+            rows8::decode(kernels::level(), self.codes, 0, scale, codes, weights);
         }
         Ok(())
     }
@@ -182,7 +182,7 @@ impl Format for Quanto {
     fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
         let dtype = rows8::compute_type(layout.params.dtype);
         let mut one = vec![0; shape::to_usize(dtype.byte_len(&[1])?)?];
-        float::narrow(dtype, &[1.0], &mut one)?;
+        rows8::put_number(dtype, 1.0, &mut one);
         Ok(vec![(2, one.clone()), (3, one)])
     }
 }

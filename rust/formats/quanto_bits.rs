@@ -44,7 +44,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::{float, kernels, shape};
+use crate::{kernels, shape};
 
 /// Group sizes, the one that is taken first; rows of at most this many weights are one group.
 pub const GROUPS: [u64; 4] = [128, 96, 64, 32];
@@ -404,10 +404,11 @@ impl Format for QuantoBits {
                 .zip(codes.chunks_exact(scaled))
                 .zip(scales.chunks_exact(bytes).zip(shifts.chunks_exact(bytes)));
             for ((weights, codes), (scale, shift)) in runs {
-                let (mut s, mut z) = ([0.0], [0.0]);
-                float::widen(sizes.dtype, scale, &mut s, false)?;
-                float::widen(sizes.dtype, shift, &mut z, false)?;
-                self.take(codes, bit, s[0], z[0], weights);
+                let (scale, shift) = (
+                    read_scale(sizes.dtype, scale),
+                    read_scale(sizes.dtype, shift),
+                );
+                self.take(codes, bit, scale, shift, weights);
             }
         }
         Ok(())
@@ -449,7 +450,7 @@ impl Format for QuantoBits {
         let sizes = self.sizes_of(layout)?;
         let bytes = shape::to_usize(sizes.scale_bytes())?;
         let mut one = vec![0; bytes];
-        float::narrow(sizes.dtype, &[1.0], &mut one)?;
+        rows8::put_number(sizes.dtype, 1.0, &mut one);
         let mut whole = vec![(3, one.clone()), (4, one)];
         if statistics.is_empty() {
             return Ok(whole);
@@ -466,7 +467,7 @@ impl Format for QuantoBits {
                 (&mut shifts, sizes.stored_shift(scale, shift)),
             ] {
                 let place = array.get_mut(place..place + bytes).ok_or_else(cut_short)?;
-                float::narrow(sizes.dtype, &[value], place)?;
+                rows8::put_number(sizes.dtype, value, place);
             }
         }
         whole.extend([(1, scales), (2, shifts)]);

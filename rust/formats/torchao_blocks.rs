@@ -40,7 +40,6 @@
 //! Peer: torchao 0.18.0 on CPU (`NVFP4WeightOnlyConfig`; `MXDynamicActivationMXWeightConfig`, whose scales
 //! are those of `ScaleCalculationMode.RCEIL`).
 
-use super::e2m1;
 use super::fp4_blocks::{self, Rule, Scales};
 use super::rows8::{self, Codes};
 use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
@@ -49,7 +48,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::float8::{of_e8m0, E4M3_MOST};
+use crate::float8::of_e8m0;
 use crate::kernels::{self, Level};
 use crate::shape;
 
@@ -211,8 +210,7 @@ impl Format for Swizzled {
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
-        let scale = most_measured(statistics) / (e2m1::MOST * E4M3_MOST);
-        layout.params.tensor_scale = if scale > 0.0 { scale } else { 1.0 };
+        layout.params.tensor_scale = fp4_blocks::tensor_scale(most_measured(statistics));
         Ok(())
     }
 
