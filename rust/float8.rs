@@ -16,21 +16,17 @@ pub const E4M3_MOST: f32 = 448.0;
 /// The nearest E4M3 code; NaN gives that of 448.
 #[inline(always)]
 pub fn to_e4m3(x: f32) -> u8 {
-    /// Adding it leaves numbers below 2^-6 with a last bit of 2^-9, the step of subnormal codes.
-    const SHIFT: f32 = 16384.0;
+    /// Bits of 2^-6, the least number that is not subnormal.
     const LEAST_NORMAL: u32 = 121 << 23;
-    let bits = x.to_bits();
-    let size = f32::from_bits(bits & 0x7fff_ffff).min(E4M3_MOST);
-    let subnormal = (size + SHIFT).to_bits() - SHIFT.to_bits();
-    let size = size.to_bits();
-    let rounded = size.wrapping_add(0x7_ffff + (size >> 20 & 1));
-    let normal = rounded.wrapping_sub(120 << 23) >> 20;
-    let code = if size < LEAST_NORMAL {
-        subnormal
-    } else {
-        normal
-    };
-    (code | bits >> 24 & 0x80) as u8
+    let sign = x.to_bits() >> 24 & 0x80;
+    let size = x.abs().min(E4M3_MOST);
+    // 2^e, or 2^-6 if that is larger: the step between codes there is 2^(e-3).
+    let power = (size.to_bits() & 0x7f80_0000).max(LEAST_NORMAL);
+    // Of a number 2^20 times as large that is the last bit, so the sum is rounded to whole steps, and counts
+    // them; what is added besides takes the exponent of 2^-6 off the code.
+    let count = size + f32::from_bits(power + (20 << 23) + (256 - (LEAST_NORMAL >> 20) % 256));
+    let code = count.to_bits().wrapping_add(power >> 20);
+    (code & 0x7f | sign) as u8
 }
 
 /// The value of an E4M3 code.

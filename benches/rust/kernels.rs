@@ -12,7 +12,7 @@ use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Thro
 use weightpack::codebook::{Codebook, FP4, NF4};
 use weightpack::dtype::Dtype;
 use weightpack::float;
-use weightpack::formats::{bnb4, bnb8, e2m1, ggml_basic, ggml_iq, ggml_k, rows8, Block};
+use weightpack::formats::{bnb4, bnb8, e2m1, ggml_basic, ggml_iq, ggml_k, rows8, Block, Weights};
 use weightpack::kernels::{self, Level};
 
 const WEIGHTS: usize = 4096;
@@ -154,8 +154,9 @@ fn bnb_int8(criterion: &mut Criterion) {
 /// Rows of one byte per weight (torchao, quanto, FP8), and 4-bit floats in blocks (NVFP4, MXFP4).
 fn small_floats(criterion: &mut Criterion) {
     let x = weights();
+    let given = Weights::F32(&x);
     rows(criterion, "largest", 0f32, |level, out| {
-        *out = rows8::largest(level, &x);
+        *out = rows8::largest(level, given);
     });
     let quotient = rows8::Scaling::Quotient(Dtype::BF16);
     for (name, kind, scaling) in [
@@ -166,9 +167,9 @@ fn small_floats(criterion: &mut Criterion) {
         let mut codes = vec![0u8; WEIGHTS];
         let title = format!("{name}_encode");
         rows(criterion, &title, codes.clone(), |level, out| {
-            rows8::encode(level, kind, scaling, 0.01, &x, out);
+            rows8::encode(level, kind, scaling, 0.01, given, out);
         });
-        rows8::encode(kernels::level(), kind, scaling, 0.01, &x, &mut codes);
+        rows8::encode(kernels::level(), kind, scaling, 0.01, given, &mut codes);
         let title = format!("{name}_decode");
         rows(criterion, &title, vec![0f32; WEIGHTS], |level, out| {
             rows8::decode(level, kind, 0, 0.01, &codes, out);
@@ -183,7 +184,7 @@ fn small_floats(criterion: &mut Criterion) {
         rows(criterion, &title, packed.clone(), |level, out| {
             for (x, out) in x.chunks_exact(block).zip(out.chunks_exact_mut(block / 2)) {
                 let scaling = match block {
-                    16 => e2m1::Scaling::Quotient(rows8::largest(level, x) / 6.0),
+                    16 => e2m1::Scaling::Quotient(rows8::largest(level, Weights::F32(x)) / 6.0),
                     _ => e2m1::Scaling::Product(64.0),
                 };
                 e2m1::encode(level, rounding, scaling, x, out);

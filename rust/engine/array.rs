@@ -9,10 +9,10 @@ use std::ops::Range;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Fold, Format, Layout, MAX_PARTS};
+use crate::formats::{self, Fold, Format, Layout, Weights, MAX_PARTS};
 use crate::shape;
 
-use super::slab::{refuse_nonfinite, TILE_WEIGHTS};
+use super::slab::{refuse_nonfinite, resize, TILE_WEIGHTS};
 
 /// Fewer weights than this are not worth a thread of their own.
 const LEAST_WEIGHTS_PER_THREAD: u64 = 256 * 1024;
@@ -294,56 +294,67 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// Widens tile after tile of `run` and gives each to `work`, with the index of its first weight.
+    /// Gives tile after tile of `run` to `work`, widened if it has to be, with the index of its first weight.
     fn for_each_tile(
         &self,
         layout: &Layout,
         run: Range<u64>,
-        mut work: impl FnMut(u64, &[f32]) -> Result<()>,
+        mut work: impl FnMut(u64, Weights<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut scratch = Vec::new();
+        let (mut gathered, mut wide) = (Vec::new(), Vec::new());
         let fold = self.format.fold(layout);
         for tile in tiles(layout, run) {
-            if let Some(fold) = fold {
-                self.gather(fold, &tile, scratch_of(&mut scratch, &tile)?)?;
-                let weights = scratch_of(&mut scratch, &tile)?;
-                self.refuse_nonfinite(layout, tile.start, weights)?;
-                work(tile.start, weights)?;
-                continue;
-            }
             let range = tile.start * self.weight_bytes..tile.end * self.weight_bytes;
-            let data = get(self.data, range)?;
-            let weights = match bytemuck::try_cast_slice(data) {
-                Ok(weights) if self.dtype == Dtype::F32 && cfg!(target_endian = "little") => {
-                    weights
-                }
-                _ => {
-                    let weights = scratch_of(&mut scratch, &tile)?;
-                    float::widen(self.dtype, data, weights, self.format.rounds_to_16_bits())?;
-                    weights
-                }
+            let data = match fold {
+                Some(fold) => self.gather(fold, &tile, &mut gathered)?,
+                None => get(self.data, range)?,
             };
-            self.refuse_nonfinite(layout, tile.start, weights)?;
+            let weights = self.weights(data, &tile, &mut wide)?;
+            let keep = self.keep_nonfinite;
+            refuse_nonfinite(self.format, layout, tile.start, weights, keep)?;
             work(tile.start, weights)?;
         }
         Ok(())
     }
 
-    /// Widens the rows of a tile that lie apart.
-    fn gather(&self, fold: Fold, tile: &Range<u64>, weights: &mut [f32]) -> Result<()> {
-        let row_weights = fold.row_weights();
-        let rows = weights.chunks_exact_mut(shape::to_usize(row_weights)?);
-        let to_odd = self.format.rounds_to_16_bits();
-        for (row, weights) in fold.rows_from(tile.start / row_weights).zip(rows) {
-            let first = row * row_weights;
-            let range = first * self.weight_bytes..(first + row_weights) * self.weight_bytes;
-            float::widen(self.dtype, get(self.data, range)?, weights, to_odd)?;
+    /// The weights whose bytes are `data`.
+    fn weights<'b>(
+        &self,
+        data: &'b [u8],
+        tile: &Range<u64>,
+        wide: &'b mut Vec<f32>,
+    ) -> Result<Weights<'b>> {
+        if let Some(weights) = Weights::stored(self.dtype, data) {
+            if self.format.takes_stored() {
+                return Ok(weights);
+            }
         }
-        Ok(())
+        match bytemuck::try_cast_slice(data) {
+            Ok(weights) if self.dtype == Dtype::F32 && cfg!(target_endian = "little") => {
+                Ok(Weights::F32(weights))
+            }
+            _ => {
+                let weights = scratch_of(wide, tile)?;
+                float::widen(self.dtype, data, weights, self.format.rounds_to_16_bits())?;
+                Ok(Weights::F32(weights))
+            }
+        }
     }
 
-    fn refuse_nonfinite(&self, layout: &Layout, first: u64, weights: &[f32]) -> Result<()> {
-        refuse_nonfinite(self.format, layout, first, weights, self.keep_nonfinite)
+    /// The bytes of the rows of a tile, which lie apart, one after the other.
+    fn gather<'b>(
+        &self,
+        fold: Fold,
+        tile: &Range<u64>,
+        gathered: &'b mut Vec<u8>,
+    ) -> Result<&'b [u8]> {
+        let row_bytes = fold.row_weights() * self.weight_bytes;
+        let bytes = resize(gathered, (tile.end - tile.start) * self.weight_bytes)?;
+        let places = bytes.chunks_exact_mut(shape::to_usize(row_bytes)?);
+        for (row, place) in fold.rows_from(tile.start / fold.row_weights()).zip(places) {
+            place.copy_from_slice(get(self.data, row * row_bytes..(row + 1) * row_bytes)?);
+        }
+        Ok(bytes)
     }
 }
 

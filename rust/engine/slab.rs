@@ -8,9 +8,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
 use crate::formats::{
-    self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Recode, Span, MAX_PARTS,
+    self, ErrorSums, Format, Layout, NonFinite, Parts, PartsMut, Recode, Span, Weights, MAX_PARTS,
 };
-use crate::shape;
+use crate::{kernels, shape};
 
 /// Weights per tile, before rounding to whole units: as `f32` they and their decoded copy take
 /// 32 KiB, which a first-level cache holds. Four times as many were a tenth slower.
@@ -115,6 +115,7 @@ pub struct Scratch {
     pub statistics: Vec<u8>,
     tile: TileScratch,
     decoded: Vec<f32>,
+    wide: Vec<f32>,
 }
 
 /// Buffers for the weights of a tile.
@@ -263,23 +264,55 @@ impl Task<'_> {
         formats::recoding(from.name, to.name)
     }
 
-    /// Decodes one tile of `input` and refuses weights that are not finite.
-    fn decode_tile<'s>(
+    /// The weights of a tile, if they can be encoded as they are stored.
+    fn stored<'b>(&self, parts: &Parts<'b>) -> Option<Weights<'b>> {
+        let dtype = self.source.format.plain()?;
+        let is_changed = self.add.is_some()
+            || self.source.layout.params.column_factors.is_some()
+            || self.through.is_some_and(|through| through != dtype);
+        if is_changed || !self.target.format.takes_stored() {
+            return None;
+        }
+        Weights::stored(dtype, parts[0])
+    }
+
+    /// The weights of one tile of `input`, decoded if they have to be. Refuses those that are not finite.
+    fn tile_weights<'s>(
         &self,
-        input: [&[u8]; MAX_PARTS],
+        input: [&'s [u8]; MAX_PARTS],
         scratch: &'s mut TileScratch,
         slab: &Range<u64>,
         tile: &Range<u64>,
+    ) -> Result<Weights<'s>> {
+        let parts = parts(self.source.layout, input, slab, tile)?;
+        let weights = match self.stored(&parts) {
+            Some(weights) => weights,
+            None => Weights::F32(self.decode_tile(&parts, scratch, tile)?),
+        };
+        refuse_nonfinite(
+            self.target.format,
+            self.target.layout,
+            tile.start,
+            weights,
+            self.keep_nonfinite,
+        )?;
+        Ok(weights)
+    }
+
+    fn decode_tile<'s>(
+        &self,
+        parts: &Parts<'_>,
+        scratch: &'s mut TileScratch,
+        tile: &Range<u64>,
     ) -> Result<&'s [f32]> {
         let x = resize_weights(&mut scratch.weights, tile.end - tile.start)?;
-        let parts = parts(self.source.layout, input, slab, tile)?;
         let once_more = match self.through {
             Some(dtype) => dtype != Dtype::F32,
             None => self.target.format.rounds_to_16_bits(),
         };
         // A 64-bit weight is rounded to odd where it is rounded to 16 bits next.
         let to_odd = once_more && self.add.is_none();
-        self.source.decode(tile.start, &parts, x, to_odd)?;
+        self.source.decode(tile.start, parts, x, to_odd)?;
         if let Some(add) = self.add {
             x.iter_mut().for_each(|weight| *weight += add);
         }
@@ -289,13 +322,6 @@ impl Task<'_> {
             float::narrow(dtype, x, rounded)?;
             float::widen(dtype, rounded, x, false)?;
         }
-        refuse_nonfinite(
-            self.target.format,
-            self.target.layout,
-            tile.start,
-            x,
-            self.keep_nonfinite,
-        )?;
         Ok(x)
     }
 
@@ -313,7 +339,7 @@ impl Task<'_> {
         resize(&mut scratch.statistics, bytes.end - bytes.start)?;
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.decode_tile(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
+            let x = self.tile_weights(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
             let range = within(span, slab, &tile)?;
             let part = scratch
                 .statistics
@@ -340,7 +366,7 @@ impl Task<'_> {
         let recode = self.recoding();
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.decode_tile(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
+            let x = self.tile_weights(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
             let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
             if let Some(recode) = recode {
                 let input = as_slices(&scratch.input);
@@ -365,7 +391,8 @@ impl Task<'_> {
                     statistics,
                     y,
                 )?;
-                sums.merge(&formats::error_sums(x, y));
+                let wide = resize_weights(&mut scratch.wide, tile.end - tile.start)?;
+                sums.merge(&formats::error_sums(x.widened(kernels::level(), wide), y));
             }
         }
         Ok(sums)
@@ -378,7 +405,7 @@ pub fn refuse_nonfinite(
     format: &dyn Format,
     layout: &Layout,
     first: u64,
-    weights: &[f32],
+    weights: Weights<'_>,
     keep: bool,
 ) -> Result<()> {
     match format.nonfinite() {
@@ -389,7 +416,7 @@ pub fn refuse_nonfinite(
     let Some(index) = formats::first_nonfinite(weights) else {
         return Ok(());
     };
-    let value = weights.get(index).copied().unwrap_or(f32::NAN);
+    let value = weights.get(index);
     let index = first + index as u64;
     let refusal = Error::format(format!(
         "{}: weight {} is {value}, which cannot be quantized",

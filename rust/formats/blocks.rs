@@ -6,6 +6,7 @@ use half::f16;
 
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -120,10 +121,11 @@ impl<B: Block> Format for Blocks<B> {
         &self,
         layout: &Layout,
         first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
+        let weights = weights.floats()?;
         let importance = match &layout.params.importance {
             Some(importance) if B::WEIGHING != Weighing::Ignored => importance,
             _ => {

@@ -45,7 +45,7 @@ use std::sync::LazyLock;
 
 use super::{
     bnb4_state, Component, Encodes, Exactness, Format, Info, Layout, Naming, NonFinite, Params,
-    Parts, PartsMut, Span,
+    Parts, PartsMut, Span, Weights,
 };
 use crate::codebook::{self, Codebook};
 use crate::dtype::Dtype;
@@ -196,9 +196,10 @@ impl Format for Bnb4 {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
+        let weights = weights.floats()?;
         let size = shape::to_usize(block_size(layout))?;
         measure(
             kernels::level(),
@@ -234,10 +235,11 @@ impl Format for Bnb4 {
         &self,
         layout: &Layout,
         first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
+        let weights = weights.floats()?;
         let level = kernels::level();
         let size = shape::to_usize(block_size(layout))?;
         let [codes, absmax, nested, ..] = parts;

@@ -25,6 +25,7 @@
 
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -109,10 +110,11 @@ impl Format for Bnb8 {
         &self,
         layout: &Layout,
         first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
+        let weights = weights.floats()?;
         let row_weights = shape::to_usize(layout.unit_weights)?;
         let [codes, scales, ..] = parts;
         let rows = weights

@@ -40,6 +40,7 @@ use super::fp4_blocks::{self, Rule, Scales};
 use super::scaled::{join_magnitudes, most_measured, put_magnitudes, MAGNITUDES, RUN};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -190,7 +191,7 @@ impl Format for NvFp4 {
         &self,
         _layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
         put_magnitudes(weights, statistics);
@@ -216,7 +217,7 @@ impl Format for NvFp4 {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -249,6 +250,10 @@ impl Format for NvFp4 {
         Ok(())
     }
 
+    fn takes_stored(&self) -> bool {
+        true
+    }
+
     fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
         Ok(vec![(2, layout.params.tensor_scale.to_le_bytes().to_vec())])
     }
@@ -279,7 +284,7 @@ impl Format for MxFp4 {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -288,6 +293,10 @@ impl Format for MxFp4 {
         let rule = Rule::ModelOptMxFp4;
         fp4_blocks::encode(kernels::level(), rule, weights, codes, scales);
         Ok(())
+    }
+
+    fn takes_stored(&self) -> bool {
+        true
     }
 
     fn decode(

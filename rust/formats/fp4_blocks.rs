@@ -6,6 +6,7 @@
 
 use super::e2m1::{self, Rounding, Scaling};
 use super::rows8::{self, Codes};
+use super::weights::{Single, Weights};
 use crate::codebook::ceil_log2;
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
 use crate::kernels::{self, Level};
@@ -24,6 +25,20 @@ pub enum Rule {
     /// 32 E4M3 numbers, powers of two; torchao's.
     TorchAoMxFp8,
 }
+
+impl Rule {
+    /// Weights of a block, and bytes of their codes.
+    fn sizes(self) -> (usize, usize) {
+        match self {
+            Rule::ModelOptNvFp4 { .. } | Rule::TorchAoNvFp4 { .. } => (16, 8),
+            Rule::ModelOptMxFp4 | Rule::TorchAoMxFp4 => (32, 16),
+            Rule::TorchAoMxFp8 => (32, 32),
+        }
+    }
+}
+
+/// Weights that are widened together: a multiple of what the loops take, that stays in the nearest cache.
+const WIDENED: usize = 2048;
 
 /// What the scales of blocks are.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,9 +72,21 @@ pub fn tensor_scale(most: f32) -> f32 {
     }
 }
 
-/// Codes and scales of whole blocks.
-pub fn encode(level: Level, rule: Rule, weights: &[f32], codes: &mut [u8], scales: &mut [u8]) {
-    kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
+/// Codes and scales of whole blocks. As many as fit are widened at a time, if they have to be.
+pub fn encode(level: Level, rule: Rule, weights: Weights<'_>, codes: &mut [u8], scales: &mut [u8]) {
+    if let Weights::F32(weights) = weights {
+        return kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
+    }
+    let mut place = [0f32; WIDENED];
+    let (block, bytes) = rule.sizes();
+    let runs = weights
+        .chunks(WIDENED)
+        .zip(codes.chunks_mut(WIDENED / block * bytes))
+        .zip(scales.chunks_mut(WIDENED / block));
+    for ((weights, codes), scales) in runs {
+        let weights = weights.widened(level, &mut place);
+        kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
+    }
 }
 
 /// Weights of whole blocks of `size` (16 or 32) E2M1 codes; for `keeps_sign` see [`e2m1::decode`].
@@ -142,7 +169,7 @@ pub(crate) fn encode_body(
             let find = |largest: f32| power_of_two(largest / E4M3_MOST);
             let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 32]| {
                 let scaling = rows8::Scaling::Product;
-                rows8::encode_body::<false>(Codes::E4m3, scaling, factor, weights, codes);
+                rows8::encode_of::<Single, false>(Codes::E4m3, scaling, factor, weights, codes);
             };
             each(weights, codes, scales, &most, find, put);
         }

@@ -16,8 +16,10 @@
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer packed as INT4 in blocks).
 
 use super::rows8::{self, Divisor};
+use super::weights::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -103,7 +105,7 @@ impl Format for Int4Rows {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -130,6 +132,10 @@ impl Format for Int4Rows {
             }
         }
         Ok(())
+    }
+
+    fn takes_stored(&self) -> bool {
+        true
     }
 
     fn decode(
@@ -182,19 +188,38 @@ fn scale_for(most: f32) -> f32 {
 /// Codes of one block, to bit `shift` of their bytes; those of bit 0 clear the rest. With `FMA` as
 /// [`rows8::encode_body`].
 #[inline(always)]
-pub(crate) fn put_body<const FMA: bool>(shift: u32, scale: f32, weights: &[f32], codes: &mut [u8]) {
+pub(crate) fn put_body<const FMA: bool>(
+    shift: u32,
+    scale: f32,
+    weights: Weights<'_>,
+    codes: &mut [u8],
+) {
+    for_stored!(weights, |weights: Type| put_of::<Type, FMA>(
+        shift, scale, weights, codes
+    ));
+}
+
+#[inline(always)]
+fn put_of<S: Stored, const FMA: bool>(
+    shift: u32,
+    scale: f32,
+    weights: &[S::Bytes],
+    codes: &mut [u8],
+) {
     if FMA && Divisor::serves(scale) {
         let divisor = Divisor::new(scale);
-        put(shift, weights, codes, |weight| divisor.divide(weight));
+        put::<S>(shift, weights, codes, |weight| divisor.divide(weight));
     } else {
-        put(shift, weights, codes, |weight| weight / scale);
+        put::<S>(shift, weights, codes, |weight| weight / scale);
     }
 }
 
 #[inline(always)]
-fn put(shift: u32, weights: &[f32], codes: &mut [u8], divide: impl Fn(f32) -> f32) {
+fn put<S: Stored>(shift: u32, weights: &[S::Bytes], codes: &mut [u8], divide: impl Fn(f32) -> f32) {
     let kept = if shift == 0 { 0 } else { 15 };
-    let put = |code: &mut u8, weight| *code = *code & kept | to_int4(divide(weight)) << shift;
+    let put = |code: &mut u8, weight| {
+        *code = *code & kept | to_int4(divide(S::value(weight))) << shift;
+    };
     // Runs of a fixed length, so that bytes are put together from whole vectors.
     let (runs, rest) = weights.as_chunks::<32>();
     let (places, last) = codes.as_chunks_mut::<32>();

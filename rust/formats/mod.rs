@@ -7,8 +7,8 @@
 //!
 //! Work comes in *tiles*: runs of weights in memory order that begin at a multiple of
 //! [`Layout::unit_weights`] and end at one or at the end of the tensor. A tile is decoded to `f32`,
-//! encoded and measured while it is in cache, so every format here takes and gives `f32` only;
-//! [`crate::float`] widens and narrows.
+//! encoded and measured while it is in cache, so every format here takes and gives `f32`;
+//! [`crate::float`] widens and narrows. Encoders may take 16-bit weights as they are stored ([`Weights`]).
 //!
 //! [`FORMATS`] is the only list of formats.
 
@@ -69,6 +69,8 @@ pub mod torchao;
 #[doc(hidden)]
 pub mod torchao_blocks;
 mod validity;
+#[doc(hidden)]
+pub mod weights;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -85,6 +87,7 @@ pub use grouped::Integers;
 pub use recode::{recoding, Recode};
 pub use span::Span;
 pub use validity::first_invalid;
+pub use weights::Weights;
 
 pub use crate::kernels::ErrorSums;
 
@@ -426,7 +429,7 @@ pub trait Format: Sync + Send {
         &self,
         _layout: &Layout,
         _first: u64,
-        _weights: &[f32],
+        _weights: Weights<'_>,
         _statistics: &mut [u8],
     ) -> Result<()> {
         Ok(())
@@ -460,7 +463,7 @@ pub trait Format: Sync + Send {
         &self,
         layout: &Layout,
         _first: u64,
-        _weights: &[f32],
+        _weights: Weights<'_>,
         _statistics: &[u8],
         _parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -533,6 +536,17 @@ pub trait Format: Sync + Send {
     /// Bytes of what is moved as one (a word, a block) in a component that files hold with rows and columns
     /// exchanged; `None` for all others. Such arrays are decoded from a checkpoint only.
     fn transposed_element(&self, _layout: &Layout, _component: usize) -> Option<u64> {
+        None
+    }
+
+    /// Whether [`Format::measure`] and [`Format::encode`] take weights of 16 bits as they are stored, if they
+    /// are finite. Others are given `f32` only.
+    fn takes_stored(&self) -> bool {
+        false
+    }
+
+    /// The type of weights that are stored as they are, one after the other.
+    fn plain(&self) -> Option<Dtype> {
         None
     }
 
@@ -675,6 +689,6 @@ pub fn error_sums(x: &[f32], y: &[f32]) -> ErrorSums {
 }
 
 /// Index of the first weight that is infinite or NaN.
-pub fn first_nonfinite(weights: &[f32]) -> Option<usize> {
-    kernels::first_nonfinite(kernels::level(), weights)
+pub fn first_nonfinite(weights: Weights<'_>) -> Option<usize> {
+    weights.first_nonfinite(kernels::level())
 }

@@ -10,7 +10,7 @@
 
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, NonFinite, Params, Parts,
-    PartsMut, Span,
+    PartsMut, Span, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -84,14 +84,14 @@ impl Format for Plain {
         &self,
         _layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
         if self.dtype == Dtype::F64 {
             return Err(Error::unsupported("f64 is read and never written"));
         }
-        float::narrow(self.dtype, weights, parts[0])
+        float::narrow(self.dtype, weights.floats()?, parts[0])
     }
 
     fn decode(
@@ -116,6 +116,10 @@ impl Format for Plain {
 
     fn rounds_to_16_bits(&self) -> bool {
         matches!(self.dtype, Dtype::F16 | Dtype::BF16)
+    }
+
+    fn plain(&self) -> Option<Dtype> {
+        Some(self.dtype)
     }
 
     fn nonfinite(&self) -> NonFinite {

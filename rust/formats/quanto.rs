@@ -27,6 +27,7 @@ use super::rows8::{self, Codes, Scaling};
 use super::scaled::read_scale;
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -138,7 +139,7 @@ impl Format for Quanto {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -179,6 +180,10 @@ impl Format for Quanto {
         Ok(())
     }
 
+    fn takes_stored(&self) -> bool {
+        true
+    }
+
     fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
         let dtype = rows8::compute_type(layout.params.dtype);
         let mut one = vec![0; shape::to_usize(dtype.byte_len(&[1])?)?];
@@ -192,7 +197,7 @@ pub fn encode_row(
     level: Level,
     kind: Codes,
     dtype: Dtype,
-    weights: &[f32],
+    weights: Weights<'_>,
     codes: &mut [u8],
 ) -> f32 {
     let most = match kind {
@@ -201,8 +206,8 @@ pub fn encode_row(
     };
     let scale = rows8::round_to(dtype, rows8::largest(level, weights) / most);
     if scale == 0.0 {
-        for (code, &weight) in codes.iter_mut().zip(weights) {
-            *code = code_without_scale(kind, weight);
+        for (index, code) in codes.iter_mut().enumerate() {
+            *code = code_without_scale(kind, weights.get(index));
         }
     } else {
         let scaling = Scaling::Quotient(dtype);

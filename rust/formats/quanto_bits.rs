@@ -38,9 +38,10 @@
 
 use super::rows8::{self, shortened, Divisor, TO_WHOLE};
 use super::scaled::read_scale;
+use super::weights::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
-    Span,
+    Span, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -300,7 +301,7 @@ impl Format for QuantoBits {
         &self,
         layout: &Layout,
         first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
         let sizes = self.sizes_of(layout)?;
@@ -313,7 +314,7 @@ impl Format for QuantoBits {
             .zip(statistics.chunks_exact_mut(pair));
         let level = kernels::level();
         for (number, (weights, place)) in groups.enumerate() {
-            let (least, greatest) = kernels::range_f32(level, weights);
+            let (least, greatest) = kernels::range(level, weights);
             let range = rows8::round_to(sizes.dtype, greatest - least);
             if range.is_infinite() {
                 let index = first + (number * count) as u64;
@@ -336,7 +337,7 @@ impl Format for QuantoBits {
         &self,
         layout: &Layout,
         first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -349,7 +350,7 @@ impl Format for QuantoBits {
         let (fold, number) = (self.fold(layout), first / sizes.group);
         let group = shape::to_usize(sizes.group)?;
         let (level, most) = (kernels::level(), self.most());
-        let put = |index: u64, bit, weights: &[f32], codes: &mut [u8]| {
+        let put = |index: u64, bit, weights: Weights<'_>, codes: &mut [u8]| {
             let (scale, shift) = sizes.read(statistics, number + index)?;
             let bits = Bits {
                 bit,
@@ -378,6 +379,10 @@ impl Format for QuantoBits {
             put(index, bit, weights, codes)?;
         }
         Ok(())
+    }
+
+    fn takes_stored(&self) -> bool {
+        true
     }
 
     fn decode(
@@ -487,7 +492,12 @@ impl QuantoBits {
 
 /// The least and the greatest of some weights.
 #[inline(always)]
-pub(crate) fn range_body(weights: &[f32]) -> (f32, f32) {
+pub(crate) fn range_body(weights: Weights<'_>) -> (f32, f32) {
+    for_stored!(weights, |weights: Type| range_of::<Type>(weights))
+}
+
+#[inline(always)]
+fn range_of<S: Stored>(weights: &[S::Bytes]) -> (f32, f32) {
     let lower = |a: f32, b: f32| if b < a { b } else { a };
     let higher = |a: f32, b: f32| if b > a { b } else { a };
     // Several at a time, so that one comparison does not wait for the other.
@@ -495,10 +505,10 @@ pub(crate) fn range_body(weights: &[f32]) -> (f32, f32) {
     let (mut least, mut greatest) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
     for run in runs {
         for (least, &weight) in least.iter_mut().zip(run) {
-            *least = lower(*least, weight);
+            *least = lower(*least, S::value(weight));
         }
         for (greatest, &weight) in greatest.iter_mut().zip(run) {
-            *greatest = higher(*greatest, weight);
+            *greatest = higher(*greatest, S::value(weight));
         }
     }
     for width in [8, 4, 2, 1] {
@@ -512,8 +522,12 @@ pub(crate) fn range_body(weights: &[f32]) -> (f32, f32) {
         }
     }
     (
-        rest.iter().copied().fold(least[0], lower),
-        rest.iter().copied().fold(greatest[0], higher),
+        rest.iter()
+            .map(|&weight| S::value(weight))
+            .fold(least[0], lower),
+        rest.iter()
+            .map(|&weight| S::value(weight))
+            .fold(greatest[0], higher),
     )
 }
 
@@ -540,22 +554,34 @@ pub struct Bits {
 pub(crate) fn put_body<const FMA: bool>(
     dtype: Dtype,
     bits: Bits,
-    weights: &[f32],
+    weights: Weights<'_>,
+    codes: &mut [u8],
+) {
+    for_stored!(weights, |weights: Type| put_of::<Type, FMA>(
+        dtype, bits, weights, codes
+    ));
+}
+
+#[inline(always)]
+fn put_of<S: Stored, const FMA: bool>(
+    dtype: Dtype,
+    bits: Bits,
+    weights: &[S::Bytes],
     codes: &mut [u8],
 ) {
     if FMA && Divisor::serves(bits.scale) {
         let divisor = Divisor::new(bits.scale);
-        rounded(dtype, bits, weights, codes, |sum| divisor.divide(sum));
+        rounded::<S>(dtype, bits, weights, codes, |sum| divisor.divide(sum));
     } else {
-        rounded(dtype, bits, weights, codes, |sum| sum / bits.scale);
+        rounded::<S>(dtype, bits, weights, codes, |sum| sum / bits.scale);
     }
 }
 
 #[inline(always)]
-fn rounded(
+fn rounded<S: Stored>(
     dtype: Dtype,
     bits: Bits,
-    weights: &[f32],
+    weights: &[S::Bytes],
     codes: &mut [u8],
     divide: impl Fn(f32) -> f32,
 ) {
@@ -563,19 +589,19 @@ fn rounded(
         bit, most, shift, ..
     } = bits;
     match dtype {
-        Dtype::BF16 => put(codes, weights, bit, |weight| {
+        Dtype::BF16 => put::<S>(codes, weights, bit, |weight| {
             nearest(
                 shortened::<16>(divide(shortened::<16>(weight + shift))),
                 most,
             )
         }),
-        Dtype::F16 => put(codes, weights, bit, |weight| {
+        Dtype::F16 => put::<S>(codes, weights, bit, |weight| {
             nearest(
                 shortened::<13>(divide(shortened::<13>(weight + shift))),
                 most,
             )
         }),
-        _ => put(codes, weights, bit, |weight| {
+        _ => put::<S>(codes, weights, bit, |weight| {
             nearest(divide(weight + shift), most)
         }),
     }
@@ -583,7 +609,7 @@ fn rounded(
 
 /// Puts a code for each weight to bit `bit` of its byte; those of bit 0 clear the rest of it.
 #[inline(always)]
-fn put(codes: &mut [u8], weights: &[f32], bit: u32, code: impl Fn(f32) -> u8) {
+fn put<S: Stored>(codes: &mut [u8], weights: &[S::Bytes], bit: u32, code: impl Fn(f32) -> u8) {
     let kept = if bit == 0 { 0 } else { 0xff };
     // Runs of a fixed length, so that bytes are put together from whole vectors.
     let (runs, rest) = weights.as_chunks::<32>();
@@ -591,13 +617,13 @@ fn put(codes: &mut [u8], weights: &[f32], bit: u32, code: impl Fn(f32) -> u8) {
     for (weights, places) in runs.iter().zip(places) {
         let mut found = [0; 32];
         for (found, &weight) in found.iter_mut().zip(weights) {
-            *found = code(weight);
+            *found = code(S::value(weight));
         }
         for (place, found) in places.iter_mut().zip(found) {
             *place = *place & kept | found << bit;
         }
     }
     for (place, &weight) in last.iter_mut().zip(rest) {
-        *place = *place & kept | code(weight) << bit;
+        *place = *place & kept | code(S::value(weight)) << bit;
     }
 }

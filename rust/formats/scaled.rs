@@ -35,6 +35,7 @@
 use super::rows8::{self, Codes, Scaling};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -199,7 +200,7 @@ impl Scaled {
     }
 
     /// Codes of weights that share a scale; `by` is the second part of [`Scaled::scale`].
-    fn encode_run(&self, dtype: Dtype, by: f32, weights: &[f32], codes: &mut [u8]) {
+    fn encode_run(&self, dtype: Dtype, by: f32, weights: Weights<'_>, codes: &mut [u8]) {
         let scaling = match (self.recipe, self.codes, self.share) {
             (Recipe::Reciprocal, ..) => Scaling::Product,
             // One scale for a tensor divides in the type of the weights.
@@ -297,7 +298,7 @@ impl Format for Scaled {
         &self,
         _layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
         put_magnitudes(weights, statistics);
@@ -314,7 +315,7 @@ impl Format for Scaled {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -419,6 +420,10 @@ impl Format for Scaled {
         })
     }
 
+    fn takes_stored(&self) -> bool {
+        true
+    }
+
     fn tensor_scale(&self) -> Option<usize> {
         (self.share == Share::Tensor).then_some(1)
     }
@@ -482,7 +487,7 @@ pub(super) fn least_normal(dtype: Dtype) -> f32 {
 }
 
 /// Largest magnitude of every [`RUN`] weights.
-pub(super) fn put_magnitudes(weights: &[f32], statistics: &mut [u8]) {
+pub(super) fn put_magnitudes(weights: Weights<'_>, statistics: &mut [u8]) {
     for (run, place) in weights
         .chunks(RUN as usize)
         .zip(statistics.as_chunks_mut().0)

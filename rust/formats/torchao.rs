@@ -37,7 +37,7 @@
 use super::rows8::{self, Codes, Grouping, Scaling};
 use super::{
     scaled, Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut,
-    Span,
+    Span, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -203,7 +203,7 @@ impl Format for TorchAo {
         &self,
         _layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
         scaled::put_magnitudes(weights, statistics);
@@ -224,7 +224,7 @@ impl Format for TorchAo {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -295,6 +295,10 @@ impl Format for TorchAo {
     fn tensor_scale(&self) -> Option<usize> {
         (self.kind == Kind::Float8Tensor).then_some(1)
     }
+
+    fn takes_stored(&self) -> bool {
+        true
+    }
 }
 
 /// Weights that share a scale, where those of the tensor do not.
@@ -303,7 +307,7 @@ fn group_weights(layout: &Layout) -> Result<usize> {
 }
 
 /// Encodes weights of type `dtype` that share a scale as E4M3, and gives the scale.
-fn encode_e4m3(level: Level, dtype: Dtype, weights: &[f32], codes: &mut [u8]) -> f32 {
+fn encode_e4m3(level: Level, dtype: Dtype, weights: Weights<'_>, codes: &mut [u8]) -> f32 {
     let scale = rows8::round_to(dtype, rows8::largest(level, weights) / E4M3_MOST);
     if scale == 0.0 {
         codes.fill(0);

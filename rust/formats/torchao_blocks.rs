@@ -45,6 +45,7 @@ use super::rows8::{self, Codes};
 use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
+    Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -202,7 +203,7 @@ impl Format for Swizzled {
         &self,
         _layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
         put_magnitudes(weights, statistics);
@@ -218,7 +219,7 @@ impl Format for Swizzled {
         &self,
         layout: &Layout,
         _first: u64,
-        weights: &[f32],
+        weights: Weights<'_>,
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
@@ -266,6 +267,10 @@ impl Format for Swizzled {
             }
         }
         Ok(())
+    }
+
+    fn takes_stored(&self) -> bool {
+        true
     }
 
     fn whole(&self, layout: &Layout, _statistics: &[u8]) -> Result<Vec<(usize, Vec<u8>)>> {
@@ -318,7 +323,7 @@ pub fn encode_row(
     kind: Kind,
     tensor_scale: f32,
     row: usize,
-    weights: &[f32],
+    weights: Weights<'_>,
     codes: &mut [u8],
     scales: &mut [u8],
 ) {
@@ -414,7 +419,7 @@ mod tests {
                 let encoded = |level| {
                     let mut codes = vec![0u8; columns / kind.per_byte() as usize];
                     let mut scales = vec![0u8; columns.div_ceil(64) * 512];
-                    encode_row(level, kind, tensor_scale, row, &weights, &mut codes, &mut scales);
+                    encode_row(level, kind, tensor_scale, row, Weights::F32(&weights), &mut codes, &mut scales);
                     (codes, scales)
                 };
                 let expected = encoded(Level::SCALAR);

@@ -5,10 +5,15 @@ macro_rules! bodies {
     ($features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
-        use crate::formats::{fp4_blocks, int4_rows, quanto_bits};
+        use crate::formats::{fp4_blocks, int4_rows, quanto_bits, weights, Weights};
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn most_f32(weights: &[f32]) -> f32 {
+        pub(in crate::kernels) fn most_bits16(weights: &[[u8; 2]]) -> u16 {
+            weights::most_bits16_body(weights)
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn largest_weight(weights: Weights<'_>) -> f32 {
             rows8::largest_body(weights)
         }
 
@@ -17,7 +22,7 @@ macro_rules! bodies {
             kind: Codes,
             scaling: Scaling,
             factor: f32,
-            weights: &[f32],
+            weights: Weights<'_>,
             codes: &mut [u8],
         ) {
             rows8::encode_body::<true>(kind, scaling, factor, weights, codes);
@@ -37,7 +42,7 @@ macro_rules! bodies {
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn encode_groups8(
             grouping: &Grouping,
-            weights: &[f32],
+            weights: Weights<'_>,
             codes: &mut [u8],
             scales: &mut [u8],
         ) {
@@ -57,7 +62,7 @@ macro_rules! bodies {
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn range_f32(weights: &[f32]) -> (f32, f32) {
+        pub(in crate::kernels) fn range(weights: Weights<'_>) -> (f32, f32) {
             quanto_bits::range_body(weights)
         }
 
@@ -65,7 +70,7 @@ macro_rules! bodies {
         pub(in crate::kernels) fn put_bits(
             dtype: Dtype,
             bits: quanto_bits::Bits,
-            weights: &[f32],
+            weights: Weights<'_>,
             codes: &mut [u8],
         ) {
             quanto_bits::put_body::<true>(dtype, bits, weights, codes);
@@ -75,7 +80,7 @@ macro_rules! bodies {
         pub(in crate::kernels) fn put_int4(
             shift: u32,
             scale: f32,
-            weights: &[f32],
+            weights: Weights<'_>,
             codes: &mut [u8],
         ) {
             int4_rows::put_body::<true>(shift, scale, weights, codes);

@@ -28,7 +28,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
-use crate::formats::{e2m1, fp4_blocks, int4_rows, quanto_bits, rows8};
+use crate::formats::{e2m1, fp4_blocks, int4_rows, quanto_bits, rows8, weights, Weights};
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
@@ -85,6 +85,18 @@ impl Level {
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| Level::available().pop().unwrap_or(Level::SCALAR))
+}
+
+/// Asks for the memory that lies `bytes` behind `values`, so that it is nearer once it is read.
+#[inline(always)]
+pub(crate) fn ahead<T>(values: &[T], bytes: usize) {
+    #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+    for line in (0..std::mem::size_of_val(values)).step_by(64) {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        let address = values.as_ptr().cast::<i8>().wrapping_add(bytes + line);
+        // SAFETY: a hint, which takes any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+    }
 }
 
 /// Defines the functions that scalar bodies offer their work to. After the name stand the modules
@@ -157,13 +169,15 @@ offers! {
     /// Weights of an int8 row: (code·scale)·factor; gives the number of weights done.
     fn decode_int8 [avx2 avx512] (codes: &[u8], scale: f32, factor: f32, weights: &mut [f32])
         -> usize = 0;
+    /// `weights::most_bits16_body`, compiled for each level.
+    fn most_bits16 [avx2 avx512] (weights: &[[u8; 2]]) -> u16 = weights::most_bits16_body(weights);
     /// `rows8::largest`, `rows8::encode` and `rows8::decode`, whose bodies are compiled for each level.
-    fn most_f32 [avx2 avx512] (weights: &[f32]) -> f32 = rows8::largest_body(weights);
+    fn largest_weight [avx2 avx512] (weights: Weights<'_>) -> f32 = rows8::largest_body(weights);
     fn encode_row8 [avx2 avx512] (
         kind: rows8::Codes,
         scaling: rows8::Scaling,
         factor: f32,
-        weights: &[f32],
+        weights: Weights<'_>,
         codes: &mut [u8],
     ) -> () = rows8::encode_body::<false>(kind, scaling, factor, weights, codes);
     fn decode_row8 [avx2 avx512] (
@@ -176,7 +190,7 @@ offers! {
     /// `rows8::encode_groups` and `rows8::decode_groups`, likewise.
     fn encode_groups8 [avx2 avx512] (
         grouping: &rows8::Grouping,
-        weights: &[f32],
+        weights: Weights<'_>,
         codes: &mut [u8],
         scales: &mut [u8],
     ) -> () = rows8::encode_groups_body(grouping, weights, codes, scales);
@@ -189,14 +203,14 @@ offers! {
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
     /// Parts of the encoders of `quanto_bits` and `int4_rows`, likewise.
-    fn range_f32 [avx2 avx512] (weights: &[f32]) -> (f32, f32) = quanto_bits::range_body(weights);
+    fn range [avx2 avx512] (weights: Weights<'_>) -> (f32, f32) = quanto_bits::range_body(weights);
     fn put_bits [avx2 avx512] (
         dtype: crate::dtype::Dtype,
         bits: quanto_bits::Bits,
-        weights: &[f32],
+        weights: Weights<'_>,
         codes: &mut [u8],
     ) -> () = quanto_bits::put_body::<false>(dtype, bits, weights, codes);
-    fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: &[f32], codes: &mut [u8]) -> ()
+    fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: Weights<'_>, codes: &mut [u8]) -> ()
         = int4_rows::put_body::<false>(shift, scale, weights, codes);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.
     fn encode_e2m1 [avx2 avx2] (
@@ -217,7 +231,7 @@ offers! {
         weights: &[f32],
         codes: &mut [u8],
         scales: &mut [u8],
-    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, rows8::largest_body, |rounding, scaling, weights, codes| {
+    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, |block| rows8::largest_body(Weights::F32(block)), |rounding, scaling, weights, codes| {
         e2m1::encode(Level::SCALAR, rounding, scaling, weights, codes);
     });
     fn decode_fp4_blocks [avx2 avx512] (

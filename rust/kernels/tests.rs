@@ -7,8 +7,8 @@ use crate::dtype::Dtype;
 use crate::float;
 use crate::formats::e2m1;
 use crate::formats::rows8::{self, Codes, Grouping, Scaling};
-use crate::formats::Block;
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
+use crate::formats::{Block, Weights};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -280,6 +280,37 @@ fn check_int8(level: Level) {
     }
 }
 
+/// Weights in the bytes of a type.
+struct InType(Dtype, Vec<u8>);
+
+impl InType {
+    fn weights(&self) -> Weights<'_> {
+        Weights::stored(self.0, &self.1).unwrap()
+    }
+}
+
+/// `weights` in each type of 16 bits, those that are not finite or are very large replaced: as numbers and in
+/// memory.
+fn types_of(weights: &[f32]) -> [(Vec<f32>, InType); 2] {
+    let limited: Vec<f32> = weights
+        .iter()
+        .map(|weight| {
+            if weight.is_finite() {
+                weight.clamp(-6e4, 6e4)
+            } else {
+                1.0
+            }
+        })
+        .collect();
+    [Dtype::F16, Dtype::BF16].map(|dtype| {
+        let mut bytes = vec![0; 2 * limited.len()];
+        let mut numbers = limited.clone();
+        float::narrow(dtype, &limited, &mut bytes).unwrap();
+        float::widen(dtype, &bytes, &mut numbers, false).unwrap();
+        (numbers, InType(dtype, bytes))
+    })
+}
+
 fn check_rows8(level: Level) {
     let scalings = [
         Scaling::Product,
@@ -290,16 +321,23 @@ fn check_rows8(level: Level) {
     for input in inputs(1003) {
         for (length, offset) in LENGTHS.into_iter().flat_map(|l| OFFSETS.map(|o| (l, o))) {
             let weights = &input[offset..offset + length];
-            let most = rows8::largest(Level::SCALAR, weights);
-            assert_eq!(rows8::largest(level, weights).to_bits(), most.to_bits());
             for kind in [Codes::Int8, Codes::E4m3] {
-                for scaling in scalings {
-                    let mut expected = vec![0; length + offset];
-                    let mut got = expected.clone();
-                    let place = &mut expected[offset..];
-                    rows8::encode(Level::SCALAR, kind, scaling, 0.37, weights, place);
-                    rows8::encode(level, kind, scaling, 0.37, weights, &mut got[offset..]);
-                    assert_eq!(got, expected);
+                for (numbers, stored) in types_of(weights) {
+                    let (numbers, stored) = (Weights::F32(&numbers), stored.weights());
+                    let most = rows8::largest(Level::SCALAR, numbers);
+                    for weights in [numbers, stored] {
+                        assert_eq!(rows8::largest(level, weights).to_bits(), most.to_bits());
+                    }
+                    for scaling in scalings {
+                        let mut expected = vec![0; length + offset];
+                        let place = &mut expected[offset..];
+                        rows8::encode(Level::SCALAR, kind, scaling, 0.37, numbers, place);
+                        for weights in [numbers, stored] {
+                            let mut got = vec![0; length + offset];
+                            rows8::encode(level, kind, scaling, 0.37, weights, &mut got[offset..]);
+                            assert_eq!(got, expected);
+                        }
+                    }
                 }
                 let codes: Vec<u8> = weights.iter().map(|x| (x.to_bits() >> 9) as u8).collect();
                 let mut expected = vec![0.0; length + offset];
@@ -337,6 +375,7 @@ fn check_groups8(level: Level) {
                     high: 7.0,
                 };
                 let weights = &input[1..1 + 1000 / size * size];
+                let [_, (numbers, stored)] = types_of(weights);
                 let width = if is_narrow && dtype != Dtype::F32 {
                     2
                 } else {
@@ -345,6 +384,12 @@ fn check_groups8(level: Level) {
                 let groups = weights.len() / size;
                 let mut expected = (vec![0; weights.len()], vec![0; groups * width]);
                 let mut got = expected.clone();
+                let (codes, scales) = &mut expected;
+                let numbers = Weights::F32(&numbers);
+                rows8::encode_groups(Level::SCALAR, &grouping, numbers, codes, scales);
+                rows8::encode_groups(level, &grouping, stored.weights(), &mut got.0, &mut got.1);
+                assert_eq!(got, expected);
+                let weights = Weights::F32(weights);
                 let (codes, scales) = &mut expected;
                 rows8::encode_groups(Level::SCALAR, &grouping, weights, codes, scales);
                 rows8::encode_groups(level, &grouping, weights, &mut got.0, &mut got.1);
