@@ -316,36 +316,28 @@ pub fn floor_log2(x: f32) -> i32 {
 }
 
 /// ⌈log₂ x⌉ of a number above 0, the logarithm being rounded to `f32` first: a number whose distance
-/// from the power of two below is lost in that rounding counts as that power.
+/// from the power of two below is lost in that rounding counts as that power. For 0 it is −151.
+///
+/// Without branches, so that the compiler makes vectors of it.
+#[inline(always)]
 pub fn ceil_log2(x: f32) -> i32 {
-    // So far above a power of two no rounding of the logarithm reaches down to it.
-    const FAR: u32 = 32;
-    let (exponent, fraction) = (x.to_bits() >> 23, x.to_bits() & 0x7f_ffff);
-    if exponent != 0 && fraction >= FAR {
-        return exponent as i32 - 126;
-    }
-    let bits = f64::from(x).to_bits();
-    let exponent = (bits >> 52) as i32 - 1023;
-    let distance = f64::from_bits(bits & !(0x7ff << 52) | 1023 << 52) - 1.0;
-    if distance == 0.0 {
-        return exponent;
-    }
-    // The step of `f32` just above the exponent; above 0 there is none that would lose anything.
-    let size = match exponent {
-        1.. => Some(exponent.ilog2() as i32),
-        0 => None,
-        -1 => Some(-1),
-        _ => Some((-exponent - 1).ilog2() as i32),
-    };
-    let is_lost = size.is_some_and(|size| {
-        let half_step = f64::from_bits(((size + 1023 - 24) as u64) << 52);
-        distance < half_step * std::f64::consts::LN_2
-    });
-    if is_lost {
-        exponent
+    const UP: i32 = 24;
+    let is_subnormal = x < f32::MIN_POSITIVE;
+    let normal = if is_subnormal {
+        x * (1u32 << UP) as f32
     } else {
-        exponent + 1
-    }
+        x
+    };
+    let lowered = if is_subnormal { 127 + UP } else { 127 };
+    let exponent = (normal.to_bits() >> 23).cast_signed() - lowered;
+    let fraction = (normal.to_bits() & 0x7f_ffff).cast_signed() as f32;
+    // The logarithms above this exponent are e and more, or −e − 1 and less, in magnitude; the power of two
+    // below has the step of `f32` there. At 0 and −1 no distance is less than half a step.
+    let size = (exponent ^ exponent >> 31) as f32;
+    let power = f32::from_bits(size.to_bits() & 0x7f80_0000);
+    // Half a step, 2^-24 of that power, is ln 2 times as much of `x`; the fraction counts 2^-23.
+    let lost = power * (std::f32::consts::LN_2 / 2.0);
+    exponent + i32::from(fraction > lost)
 }
 
 #[cfg(test)]
@@ -432,13 +424,21 @@ mod tests {
 
     #[test]
     fn logarithms_are_rounded_before_they_go_up() {
-        for exponent in -140..127 {
-            let power = 2f64.powi(exponent);
-            for step in [0.0, 1e-7, 2e-7, 5e-7, 1e-6, 3e-6, 6e-6, 1e-5, 0.1, 0.5, 0.9] {
-                let x = (power * (1.0 + step)) as f32;
-                let expected = (f64::from(x).log2() as f32).ceil() as i32;
-                assert_eq!(ceil_log2(x), expected, "{x:e}");
+        let check = |x: f32| {
+            let expected = (f64::from(x).log2() as f32).ceil() as i32;
+            assert_eq!(ceil_log2(x), expected, "{x:e}");
+        };
+        for exponent in -149..=127 {
+            let power = 2f64.powi(exponent) as f32;
+            for step in 0..64 {
+                check(f32::from_bits(power.to_bits() + step));
+                check(f32::from_bits(power.to_bits().saturating_sub(step).max(1)));
+            }
+            for part in [1e-5, 0.1, 0.5, 0.9] {
+                check((f64::from(power) * (1.0 + part)) as f32);
             }
         }
+        check(f32::MAX);
+        assert!(ceil_log2(0.0) < -149);
     }
 }

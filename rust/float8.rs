@@ -45,6 +45,7 @@ pub fn of_e4m3(code: u8) -> f32 {
 }
 
 /// The value of an E8M0 code.
+#[inline(always)]
 pub fn of_e8m0(code: u8) -> f32 {
     f32::from_bits(match code {
         0 => 1 << 22,

@@ -5,8 +5,8 @@
 //! A run of blocks is one call, whose loops `kernels` has compiled for every level.
 
 use super::e2m1::{self, Rounding, Scaling};
-use super::rows8::{self, Codes};
-use super::weights::{Single, Weights};
+use super::rows8::largest_body;
+use super::weights::Weights;
 use crate::codebook::ceil_log2;
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
 use crate::kernels::{self, Level};
@@ -102,14 +102,22 @@ pub fn decode(
     kernels::decode_fp4_blocks(level, size, keeps_sign, kind, codes, scales, weights);
 }
 
-/// `most` and `pack` are [`rows8::largest`] and [`e2m1::encode`] at the level that this is compiled for.
+/// The largest magnitude of each block of `size` finite weights.
+#[inline(always)]
+pub(crate) fn most_of_blocks(size: usize, weights: &[f32], largest: &mut [f32]) {
+    for (block, largest) in weights.chunks_exact(size).zip(largest) {
+        *largest = largest_body(Weights::F32(block));
+    }
+}
+
+/// `most` and `pack` are [`most_of_blocks`] and [`e2m1::encode`] at the level that this is compiled for.
 #[inline(always)]
 pub(crate) fn encode_body(
     rule: Rule,
     weights: &[f32],
     codes: &mut [u8],
     scales: &mut [u8],
-    most: impl Fn(&[f32]) -> f32,
+    most: impl Fn(usize, &[f32], &mut [f32]),
     pack: impl Fn(Rounding, Scaling, &[f32], &mut [u8]),
 ) {
     match rule {
@@ -131,10 +139,7 @@ pub(crate) fn encode_body(
         Rule::ModelOptMxFp4 => {
             let find = |largest: f32| {
                 let quotient = largest / e2m1::MOST;
-                let exponent = match quotient > 0.0 {
-                    true => ceil_log2(quotient).max(-127),
-                    false => -127,
-                };
+                let exponent = ceil_log2(quotient).max(-127);
                 // 2^-exponent, which is a normal number: the quotient is less than 2^126.
                 let factor = f32::from_bits(((127 - exponent).cast_unsigned() & 0xff) << 23);
                 ((exponent + 127) as u8, factor)
@@ -168,8 +173,9 @@ pub(crate) fn encode_body(
         Rule::TorchAoMxFp8 => {
             let find = |largest: f32| power_of_two(largest / E4M3_MOST);
             let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 32]| {
-                let scaling = rows8::Scaling::Product;
-                rows8::encode_of::<Single, false>(Codes::E4m3, scaling, factor, weights, codes);
+                for (code, weight) in codes.iter_mut().zip(weights) {
+                    *code = to_e4m3(weight * factor);
+                }
             };
             each(weights, codes, scales, &most, find, put);
         }
@@ -185,7 +191,7 @@ fn each<const SIZE: usize, const BYTES: usize>(
     weights: &[f32],
     codes: &mut [u8],
     scales: &mut [u8],
-    most: impl Fn(&[f32]) -> f32,
+    most: impl Fn(usize, &[f32], &mut [f32]),
     find: impl Fn(f32) -> (u8, f32),
     put: impl Fn(f32, &[f32; SIZE], &mut [u8; BYTES]),
 ) {
@@ -197,9 +203,7 @@ fn each<const SIZE: usize, const BYTES: usize>(
         .zip(scales.chunks_mut(TOGETHER));
     for ((weights, codes), scales) in runs {
         let blocks = weights.as_chunks::<SIZE>().0;
-        for (largest, block) in largest.iter_mut().zip(blocks) {
-            *largest = most(block);
-        }
+        most(SIZE, weights, &mut largest);
         for ((scale, factor), &largest) in found.iter_mut().zip(&mut factors).zip(&largest) {
             (*scale, *factor) = find(largest);
         }
@@ -216,10 +220,7 @@ fn each<const SIZE: usize, const BYTES: usize>(
 /// The least power of two that is not below `quotient`, as a code, and what weights are multiplied with.
 #[inline(always)]
 fn power_of_two(quotient: f32) -> (u8, f32) {
-    let exponent = match quotient > 0.0 {
-        true => ceil_log2(quotient).clamp(-127, 127),
-        false => -127,
-    };
+    let exponent = ceil_log2(quotient).clamp(-127, 127);
     let code = (exponent + 127) as u8;
     let factor = if code == 0 { 1.0 } else { of_e8m0(254 - code) };
     (code, factor)

@@ -4,10 +4,12 @@
 //! Every function here may be called only on a processor that has these features.
 
 mod bodies;
+mod e2m1;
 mod lanes;
 mod levels;
 
 pub(super) use bodies::*;
+pub(super) use e2m1::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
 

@@ -1,8 +1,9 @@
 //! The portable bodies for rows and groups of bytes and of small floats, compiled for the vectors of a level.
 
-/// Defines the kernels with the given target features enabled.
+/// Defines the kernels with the given target features enabled. Those for blocks take parts that are written
+/// for the level from its module.
 macro_rules! bodies {
-    ($features:literal) => {
+    ($level:ident, $features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
         use crate::formats::{fp4_blocks, int4_rows, quanto_bits, weights, Weights};
@@ -94,9 +95,11 @@ macro_rules! bodies {
             scales: &mut [u8],
         ) {
             let pack = |rounding, scaling, weights: &[f32], codes: &mut [u8]| {
-                crate::kernels::avx2::encode_e2m1(rounding, scaling, weights, codes);
+                crate::kernels::$level::encode_e2m1(rounding, scaling, weights, codes);
             };
-            let most = |weights: &[f32]| crate::kernels::avx2::most_of_block(weights);
+            let most = |size, weights: &[f32], largest: &mut [f32]| {
+                crate::kernels::$level::most_of_blocks(size, weights, largest);
+            };
             fp4_blocks::encode_body(rule, weights, codes, scales, most, pack);
         }
 

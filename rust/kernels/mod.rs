@@ -213,7 +213,7 @@ offers! {
     fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: Weights<'_>, codes: &mut [u8]) -> ()
         = int4_rows::put_body::<false>(shift, scale, weights, codes);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.
-    fn encode_e2m1 [avx2 avx2] (
+    fn encode_e2m1 [avx2 avx512] (
         rounding: e2m1::Rounding,
         scaling: e2m1::Scaling,
         weights: &[f32],
@@ -231,7 +231,7 @@ offers! {
         weights: &[f32],
         codes: &mut [u8],
         scales: &mut [u8],
-    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, |block| rows8::largest_body(Weights::F32(block)), |rounding, scaling, weights, codes| {
+    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, fp4_blocks::most_of_blocks, |rounding, scaling, weights, codes| {
         e2m1::encode(Level::SCALAR, rounding, scaling, weights, codes);
     });
     fn decode_fp4_blocks [avx2 avx512] (

@@ -5,10 +5,13 @@ use super::{error_sums, first_nonfinite, ErrorSums, Level};
 use crate::codebook::{Codebook, FP4, NF4};
 use crate::dtype::Dtype;
 use crate::float;
-use crate::formats::e2m1;
 use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 use crate::formats::{Block, Weights};
+
+mod small_floats;
+
+use small_floats::{check_e2m1, check_fp4_blocks};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -409,46 +412,6 @@ fn check_groups8(level: Level) {
     }
 }
 
-fn check_e2m1(level: Level) {
-    use e2m1::Rounding::{Down, Even, EvenUnsignedZero};
-    for input in inputs(1003) {
-        for (steps, offset) in [0, 1, 2, 7, 62]
-            .into_iter()
-            .flat_map(|l| OFFSETS.map(|o| (l, o)))
-        {
-            let length = (steps * 16).min((input.len() - offset) / 16 * 16);
-            let weights = &input[offset..offset + length];
-            for rounding in [Even, EvenUnsignedZero, Down] {
-                for scaling in [e2m1::Scaling::Product(3.7), e2m1::Scaling::Quotient(0.37)] {
-                    let mut expected = vec![0; length / 2];
-                    let mut got = expected.clone();
-                    e2m1::encode(Level::SCALAR, rounding, scaling, weights, &mut expected);
-                    e2m1::encode(level, rounding, scaling, weights, &mut got);
-                    assert_eq!(got, expected);
-                }
-            }
-            let codes: Vec<u8> = weights
-                .iter()
-                .step_by(2)
-                .map(|x| (x.to_bits() >> 9) as u8)
-                .collect();
-            for keeps_sign in [false, true] {
-                let mut expected = vec![0.0; length + offset];
-                let mut got = expected.clone();
-                e2m1::decode(
-                    Level::SCALAR,
-                    keeps_sign,
-                    0.37,
-                    &codes,
-                    &mut expected[offset..],
-                );
-                e2m1::decode(level, keeps_sign, 0.37, &codes, &mut got[offset..]);
-                assert_eq!(values(&got), values(&expected));
-            }
-        }
-    }
-}
-
 fn check_blocks<B: Block>(level: Level) {
     for input in inputs(200 * B::WEIGHTS + 1) {
         for blocks in [0, 1, 2, 3, 200] {
@@ -583,6 +546,7 @@ stamp! {
     rows_of_bytes: |level| check_rows8(level);
     groups_of_bytes: |level| check_groups8(level);
     floats_of_4_bits: |level| check_e2m1(level);
+    blocks_of_small_floats: |level| check_fp4_blocks(level);
     q4_0: |level| check_blocks::<ggml_basic::Q4_0>(level);
     q4_1: |level| check_blocks::<ggml_basic::Q4_1>(level);
     q5_0: |level| check_blocks::<ggml_basic::Q5_0>(level);

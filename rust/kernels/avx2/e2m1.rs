@@ -7,10 +7,16 @@ use super::{load, store};
 use crate::formats::e2m1::{Rounding, Scaling, MOST, VALUES};
 use crate::formats::rows8::Divisor;
 
-/// Codes of eight numbers.
+/// A quotient becomes 0, and has no sign where zeros have none, if its dividend is not larger than 2^-150 of the
+/// divisor. Vectors that do not divide compare both times 2^110, which no divisor that they serve leaves the
+/// normal numbers by: the dividend times the first number, the divisor times the second.
+pub(in crate::kernels) const RAISED: f32 = f32::from_bits((127 + 110) << 23);
+pub(in crate::kernels) const NOTHING: f32 = f32::from_bits((127 - 40) << 23);
+
+/// Codes of eight numbers; `is_signed` is all ones for those with a sign.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn codes(rounding: Rounding, x: __m256) -> __m256i {
+fn codes(rounding: Rounding, x: __m256, is_signed: __m256i) -> __m256i {
     let sign = _mm256_set1_ps(-0.0);
     let size = _mm256_min_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(MOST));
     let bits = _mm256_castps_si256(size);
@@ -41,13 +47,19 @@ fn codes(rounding: Rounding, x: __m256) -> __m256i {
     );
     let is_small = _mm256_cmp_ps::<_CMP_LT_OQ>(size, _mm256_set1_ps(1.0));
     let code = _mm256_blendv_epi8(large, small, _mm256_castps_si256(is_small));
+    _mm256_or_si256(code, _mm256_and_si256(is_signed, _mm256_set1_epi32(8)))
+}
+
+/// Which of scaled numbers have a sign.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn signed(rounding: Rounding, x: __m256) -> __m256i {
     let zero = _mm256_setzero_ps();
-    let is_signed = match rounding {
+    match rounding {
         Rounding::Even => _mm256_srai_epi32::<31>(_mm256_castps_si256(x)),
         Rounding::EvenUnsignedZero => _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(x, zero)),
         Rounding::Down => _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LE_OQ>(x, zero)),
-    };
-    _mm256_or_si256(code, _mm256_and_si256(is_signed, _mm256_set1_epi32(8)))
+    }
 }
 
 /// Eight bytes of sixteen codes, each pair with the first in the low half.
@@ -76,7 +88,7 @@ fn pairs(first: __m256i, second: __m256i) -> [u8; 8] {
 #[target_feature(enable = "avx2,fma")]
 fn encode_all(
     rounding: Rounding,
-    scale: impl Fn(__m256) -> __m256,
+    scale: impl Fn(__m256) -> (__m256, __m256i),
     weights: &[f32],
     packed: &mut [u8],
 ) -> usize {
@@ -88,8 +100,10 @@ fn encode_all(
         .zip(packed.as_chunks_mut().0);
     for (weights, packed) in steps {
         if let [first, second] = weights.as_chunks().0 {
-            let first = codes(rounding, scale(load(first)));
-            let second = codes(rounding, scale(load(second)));
+            let [first, second] = [first, second].map(|weights| {
+                let (x, is_signed) = scale(load(weights));
+                codes(rounding, x, is_signed)
+            });
             *packed = pairs(first, second);
             done += 16;
         }
@@ -97,11 +111,13 @@ fn encode_all(
     done
 }
 
-/// The largest magnitude of finite weights, a multiple of 8.
+/// The largest magnitude of each block of `size` finite weights, a multiple of 8.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(in crate::kernels) fn most_of_block(weights: &[f32]) -> f32 {
-    largest_magnitude(weights)
+pub(in crate::kernels) fn most_of_blocks(size: usize, weights: &[f32], largest: &mut [f32]) {
+    for (block, largest) in weights.chunks_exact(size).zip(largest) {
+        *largest = largest_magnitude(block);
+    }
 }
 
 /// Divided, where that cannot be done without.
@@ -110,7 +126,11 @@ pub(in crate::kernels) fn most_of_block(weights: &[f32]) -> f32 {
 #[target_feature(enable = "avx2,fma")]
 fn divided(rounding: Rounding, by: f32, weights: &[f32], packed: &mut [u8]) -> usize {
     let by = _mm256_set1_ps(by);
-    encode_all(rounding, |x| _mm256_div_ps(x, by), weights, packed)
+    let divide = |x| {
+        let x = _mm256_div_ps(x, by);
+        (x, signed(rounding, x))
+    };
+    encode_all(rounding, divide, weights, packed)
 }
 
 #[inline]
@@ -124,20 +144,31 @@ pub(in crate::kernels) fn encode_e2m1(
     match scaling {
         Scaling::Product(factor) => {
             let factor = _mm256_set1_ps(factor);
-            encode_all(rounding, |x| _mm256_mul_ps(x, factor), weights, packed)
+            let multiply = |x| {
+                let x = _mm256_mul_ps(x, factor);
+                (x, signed(rounding, x))
+            };
+            encode_all(rounding, multiply, weights, packed)
         }
-        // As `crate::formats::rows8::Divisor`; what is beyond the largest code may be infinite.
+        // As `crate::formats::rows8::Divisor`. What is large may be off, infinite or NaN: its code is that of 6
+        // all the same. What is next to nothing may be off as well, so that signs are those of the weights.
         Scaling::Quotient(by) if Divisor::serves(by) => {
-            let (inverse, by) = (_mm256_set1_ps(1.0 / by), _mm256_set1_ps(by));
-            let (sign, large) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(4_194_304.0));
+            let inverse = _mm256_set1_ps(1.0 / by);
+            let nothing = _mm256_set1_ps(by * NOTHING);
+            let below = _mm256_set1_ps(by * -NOTHING);
+            let by = _mm256_set1_ps(by);
             let divide = |x| {
                 let about = _mm256_mul_ps(x, inverse);
                 let left = _mm256_fnmadd_ps(about, by, x);
                 let quotient = _mm256_fmadd_ps(left, inverse, about);
-                let quotient =
-                    _mm256_or_ps(_mm256_andnot_ps(sign, quotient), _mm256_and_ps(x, sign));
-                let is_large = _mm256_cmp_ps::<_CMP_NLT_UQ>(_mm256_andnot_ps(sign, about), large);
-                _mm256_blendv_ps(quotient, about, is_large)
+                let raised = _mm256_mul_ps(x, _mm256_set1_ps(RAISED));
+                let is_signed = match rounding {
+                    Rounding::Even => x,
+                    Rounding::EvenUnsignedZero => _mm256_cmp_ps::<_CMP_LT_OQ>(raised, below),
+                    Rounding::Down => _mm256_cmp_ps::<_CMP_LE_OQ>(raised, nothing),
+                };
+                let is_signed = _mm256_srai_epi32::<31>(_mm256_castps_si256(is_signed));
+                (quotient, is_signed)
             };
             encode_all(rounding, divide, weights, packed)
         }

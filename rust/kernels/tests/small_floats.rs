@@ -1,0 +1,122 @@
+//! Floats of 4 bits, and blocks of small floats that share a scale.
+
+use super::{inputs, values, OFFSETS};
+use crate::formats::fp4_blocks::{self, Rule};
+use crate::formats::{e2m1, Weights};
+use crate::kernels::Level;
+
+pub(super) fn check_e2m1(level: Level) {
+    use e2m1::Rounding::{Down, Even, EvenUnsignedZero};
+    use e2m1::Scaling::{Product, Quotient};
+    // Ties and signs of what becomes zero are those of the numbers as they are, and of small ones of 6; some
+    // factors and divisors leave the range where dividing is avoided.
+    let scalings = [
+        Product(3.7),
+        Product(1.0),
+        Product(0.0),
+        Product(1e30),
+        Product(f32::INFINITY),
+        Quotient(0.37),
+        Quotient(1.0),
+        Quotient(6.0),
+        Quotient(6f32.next_down()),
+        Quotient(6f32.next_up()),
+        Quotient(1e24),
+        Quotient(1e-24),
+        Quotient(1e30),
+        Quotient(1e-30),
+        Quotient(f32::INFINITY),
+    ];
+    let mut kinds = inputs(1003);
+    // Quarters and their neighbours, and the least subnormal numbers.
+    kinds.push(
+        (0..1003)
+            .map(|i| {
+                let quarter = (i / 3 % 33) as f32 / 4.0;
+                let x = [quarter, quarter.next_up(), quarter.next_down()][i % 3];
+                if i % 2 == 0 {
+                    x
+                } else {
+                    -x
+                }
+            })
+            .collect(),
+    );
+    kinds.push(
+        (0..1003)
+            .map(|i| (i - 501) as f32 * f32::from_bits(1))
+            .collect(),
+    );
+    for input in kinds {
+        for (steps, offset) in [0, 1, 2, 7, 62]
+            .into_iter()
+            .flat_map(|l| OFFSETS.map(|o| (l, o)))
+        {
+            let length = (steps * 16).min((input.len() - offset) / 16 * 16);
+            let weights = &input[offset..offset + length];
+            for rounding in [Even, EvenUnsignedZero, Down] {
+                for scaling in scalings {
+                    let mut expected = vec![0; length / 2];
+                    let mut got = expected.clone();
+                    e2m1::encode(Level::SCALAR, rounding, scaling, weights, &mut expected);
+                    e2m1::encode(level, rounding, scaling, weights, &mut got);
+                    assert_eq!(got, expected);
+                }
+            }
+            let codes: Vec<u8> = weights
+                .iter()
+                .step_by(2)
+                .map(|x| (x.to_bits() >> 9) as u8)
+                .collect();
+            for keeps_sign in [false, true] {
+                let mut expected = vec![0.0; length + offset];
+                let mut got = expected.clone();
+                e2m1::decode(
+                    Level::SCALAR,
+                    keeps_sign,
+                    0.37,
+                    &codes,
+                    &mut expected[offset..],
+                );
+                e2m1::decode(level, keeps_sign, 0.37, &codes, &mut got[offset..]);
+                assert_eq!(values(&got), values(&expected));
+            }
+        }
+    }
+}
+
+/// Blocks of small floats that share a scale: every rule, numbers of blocks that fill no vector and several,
+/// scales of the tensor that leave blocks beyond E4M3 or too small for a scale.
+pub(super) fn check_fp4_blocks(level: Level) {
+    for mut input in inputs(150 * 32 + 1) {
+        // Weights that are not finite are refused.
+        for weight in &mut input {
+            *weight = if weight.is_finite() { *weight } else { 1.0 };
+        }
+        // Largest magnitudes that are 6 or 448 times a power of two, and their neighbours.
+        for (i, block) in input.chunks_mut(16).enumerate().filter(|(i, _)| i % 5 == 0) {
+            let most = [6.0f32, 448.0][i / 5 % 2] * 2f32.powi((i % 101) as i32 - 50);
+            block.fill(most / 24.0);
+            block[i % block.len()] = f32::from_bits(most.to_bits() + i as u32 % 31);
+        }
+        for tensor_scale in [1.0, 0.003, 6.0, 1e-38, 1e-45, 1e30] {
+            for (rule, size, bytes) in [
+                (Rule::ModelOptNvFp4 { tensor_scale }, 16, 8),
+                (Rule::TorchAoNvFp4 { tensor_scale }, 16, 8),
+                (Rule::ModelOptMxFp4, 32, 16),
+                (Rule::TorchAoMxFp4, 32, 16),
+                (Rule::TorchAoMxFp8, 32, 32),
+            ] {
+                for blocks in [0, 1, 15, 16, 64, 79, 150] {
+                    let weights = Weights::F32(&input[1..=blocks * size]);
+                    let mut expected = (vec![0; blocks * bytes], vec![0; blocks]);
+                    let mut got = expected.clone();
+                    let (codes, scales) = &mut expected;
+                    fp4_blocks::encode(Level::SCALAR, rule, weights, codes, scales);
+                    fp4_blocks::encode(level, rule, weights, &mut got.0, &mut got.1);
+                    assert!(got == expected, "{rule:?}, {blocks} blocks");
+                }
+            }
+        }
+    }
+}
