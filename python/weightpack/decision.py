@@ -19,7 +19,8 @@ GGML_DIMENSIONS = 4
 """Most dimensions of a tensor for readers that are built on ggml."""
 
 _FOUR_BIT = ("bitsandbytes:nf4", "bitsandbytes:fp4")
-_GROUPED = ("torchao:int8", *(f"torchao:intx{bits}" for bits in range(2, 9)), "torchao:float8")
+_INTX = tuple(f"torchao:intx{bits}" for bits in range(2, 9))
+_GROUPED = ("torchao:int8", *_INTX, "torchao:int4", "torchao:float8")
 OPTIONS = {"double_quant": _FOUR_BIT, "block_size": _FOUR_BIT, "group_size": _GROUPED}
 """The options of formats, and which formats have them."""
 

@@ -9,9 +9,10 @@ use std::ops::Range;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
-use crate::formats::{self, Fold, Format, Layout, Weights, MAX_PARTS};
+use crate::formats::{self, Fold, Format, Layout, Span, Weights, MAX_PARTS};
 use crate::shape;
 
+use super::exchanged::{self, Exchanged};
 use super::slab::{refuse_nonfinite, resize, TILE_WEIGHTS};
 
 /// Fewer weights than this are not worth a thread of their own.
@@ -136,12 +137,6 @@ pub fn decode_array(
         )));
     }
     for (index, component) in layout.sliced() {
-        if format.transposed_element(layout, index).is_some() {
-            return Err(Error::unsupported(format!(
-                "{}: is decoded from a checkpoint only",
-                format.info().name
-            )));
-        }
         let name = format!("component \"{}\"", component.suffix);
         check_length(
             &name,
@@ -161,6 +156,7 @@ pub fn decode_array(
         }
     }
     let layout = &with_tensor_scale(format, layout, components)?;
+    let exchanged = Exchanged::new(format, layout, components)?;
     let weight_bytes = dtype.alignment();
     let mut rest = out;
     let mut work = Vec::new();
@@ -169,23 +165,35 @@ pub fn decode_array(
         work.push((run, take(&mut rest, bytes)?));
     }
     in_threads(work, |(run, mut rest)| {
-        let mut scratch = Vec::new();
-        for tile in output_tiles(layout, run, dtype) {
-            let mut parts: formats::Parts<'_> = Default::default();
-            for (part, (index, component)) in parts.iter_mut().zip(layout.sliced()) {
-                let mut range = component.span.range(tile.start, tile.end - tile.start);
-                if let Some((period, _)) = component.span.turn() {
-                    let before = range.start / period * period;
-                    range = range.start - before..range.end - before;
+        let (mut scratch, mut ordered) = (Vec::new(), exchanged::Piece::default());
+        let most = exchanged.piece_weights(layout.weights, layout.unit_weights);
+        for piece in pieces(run, most, layout.unit_weights) {
+            exchanged.read(piece.clone(), &mut ordered)?;
+            for tile in output_tiles(layout, piece, dtype) {
+                let mut parts: formats::Parts<'_> = Default::default();
+                for (place, (part, sliced)) in parts.iter_mut().zip(layout.sliced()).enumerate() {
+                    *part = match exchanged.part(&ordered, place, &tile) {
+                        Some(part) => part?,
+                        None => part_of(sliced.1.span, &tile, components[sliced.0])?,
+                    };
                 }
-                *part = get(components[index], range)?;
+                let bytes = tile.start * weight_bytes..tile.end * weight_bytes;
+                let target = take(&mut rest, bytes)?;
+                decode_tile(format, layout, &tile, &parts, dtype, target, &mut scratch)?;
             }
-            let bytes = tile.start * weight_bytes..tile.end * weight_bytes;
-            let target = take(&mut rest, bytes)?;
-            decode_tile(format, layout, &tile, &parts, dtype, target, &mut scratch)?;
         }
         Ok(())
     })
+}
+
+/// The bytes of `tile` in an array.
+fn part_of<'a>(span: Span, tile: &Range<u64>, array: &'a [u8]) -> Result<&'a [u8]> {
+    let mut range = span.range(tile.start, tile.end - tile.start);
+    if let Some((period, _)) = span.turn() {
+        let before = range.start / period * period;
+        range = range.start - before..range.end - before;
+    }
+    get(array, range)
 }
 
 /// The layout with the scale of the whole tensor, where the format has one.

@@ -10,7 +10,7 @@ use crate::io::{Container, NewEntry};
 use crate::shape;
 
 use super::checkpoint::{Checkpoint, Tensor};
-use super::derive::{derive, folded};
+use super::derive::{as_stored, derive, folded};
 use super::importance::Weighed;
 use super::plan::{checkpoint_at, source_name, Action, Planned, Slot};
 use super::request::{Assignment, Output};
@@ -38,7 +38,7 @@ pub fn assign(
     let (action, ordered) =
         action(checkpoints, tensor, &path, slab_bytes, assignment, None).map_err(locate)?;
     let (slots, entries) = match &action {
-        Action::Copy => copied_entries(tensor, &assignment.target),
+        Action::Copy => copied_entries(ordered.as_ref().unwrap_or(tensor), &assignment.target),
         Action::Encode { layout, .. } => encoded_entries(layout, &assignment.target),
     };
     for entry in &entries {
@@ -62,7 +62,7 @@ pub fn assign(
 }
 
 /// What becomes of `tensor`, whose weights are rounded to the type `through` first if there is one; and the
-/// tensor in another order, where the format encodes by that.
+/// tensor in another order, where the format encodes by that or its arrays are copied.
 pub fn action(
     checkpoints: &[Arc<Checkpoint>],
     tensor: &Tensor,
@@ -89,18 +89,18 @@ pub fn action(
                 source_name(tensor)
             )));
         }
-        let as_stored = tensor.packed.as_ref().is_none_or(|(format, layout)| {
-            (0..layout.components.len())
-                .all(|component| format.transposed_element(layout, component).is_none())
-        });
-        if !as_stored {
+        let as_stored = as_stored(tensor);
+        let (Some(packed), true) = (tensor.as_packed(), as_stored.is_some()) else {
+            return Ok((Action::Copy, None));
+        };
+        if packed.format.info().encodes == Encodes::Never {
             return Err(Error::unsupported(format!(
                 "{} is stored column by column and not copied",
                 source_name(tensor)
             ))
             .hint("decode it, or pack it as another format"));
         }
-        return Ok((Action::Copy, None));
+        return Ok((Action::Copy, as_stored));
     }
     let format = formats::find(&assignment.format)?;
     let source = tensor.as_packed().ok_or_else(|| {
@@ -134,7 +134,7 @@ pub fn action(
         && source.layout.params.block_size.unwrap_or_default()
             == layout.params.block_size.unwrap_or_default()
     {
-        return Ok((Action::Copy, None));
+        return Ok((Action::Copy, as_stored(tensor)));
     }
     format.check_encodes(&params)?;
     let layout = format.encoding(&layout)?;

@@ -64,6 +64,14 @@ impl Stored {
         }
     }
 
+    /// The shape that it has in the file, also where it is read with rows and columns exchanged.
+    pub fn file_shape(&self) -> &[u64] {
+        match &self.made {
+            Some(Made::Transposed(matrix)) => &matrix.stored().entry.shape,
+            _ => &self.entry.shape,
+        }
+    }
+
     /// Bytes that are read together without reading any in vain; 1 for what a file holds.
     pub fn unit_bytes(&self) -> u64 {
         match &self.made {

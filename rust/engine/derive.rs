@@ -70,6 +70,25 @@ pub fn turned(matrix: Transposed) -> Stored {
     result
 }
 
+/// `tensor` with its arrays as the file holds them, where some of a packed one are read with rows and columns
+/// exchanged; `None` for all others.
+pub fn as_stored(tensor: &Tensor) -> Option<Tensor> {
+    let (format, layout) = tensor.packed.as_ref()?;
+    let mut result = None;
+    for (index, part) in tensor.parts.iter().enumerate() {
+        let made = part.as_ref().and_then(|part| part.made.as_ref());
+        if let (Some(Made::Transposed(matrix)), true) =
+            (made, format.transposed_element(layout, index).is_some())
+        {
+            let parts = &mut result.get_or_insert_with(|| tensor.clone()).parts;
+            if let Some(place) = parts.get_mut(index) {
+                *place = Some(matrix.stored().clone());
+            }
+        }
+    }
+    result
+}
+
 /// `tensor` with its weights in the order of `fold`. Its shape says nothing about that order.
 pub fn folded(tensor: &Tensor, fold: Fold) -> Result<Tensor> {
     let row = (fold.row_weights(), true);

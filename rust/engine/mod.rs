@@ -12,7 +12,7 @@
 //! | `two_pass`, `shared_scale` | the first pass of formats that need the whole tensor first, or several |
 //! | `keeper`, `journal`, `workspace` | nothing lost: sync, record, commit by rename |
 //! | `carry`, `leftovers` | files of a folder that outlive its model; what killed runs left |
-//! | [`array`] | encode and decode an array in memory |
+//! | [`array`], `exchanged` | encode and decode an array in memory |
 //! | [`writer`] | a file made from arrays in memory |
 //! | [`read`], [`compare`] | decode a tensor; error sums of two checkpoints |
 //! | [`verify`] | look through every block for scales that cannot be meant |
@@ -25,6 +25,7 @@ pub mod compare;
 mod decoded;
 mod derive;
 mod describe;
+mod exchanged;
 mod extra;
 pub mod fill;
 mod gather;

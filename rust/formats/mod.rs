@@ -68,6 +68,8 @@ mod span;
 pub mod torchao;
 #[doc(hidden)]
 pub mod torchao_blocks;
+#[doc(hidden)]
+pub mod torchao_int4;
 mod validity;
 #[doc(hidden)]
 pub mod weights;
@@ -534,7 +536,7 @@ pub trait Format: Sync + Send {
     }
 
     /// Bytes of what is moved as one (a word, a block) in a component that files hold with rows and columns
-    /// exchanged; `None` for all others. Such arrays are decoded from a checkpoint only.
+    /// exchanged; `None` for all others. Tiles have their bytes in the order of the rows.
     fn transposed_element(&self, _layout: &Layout, _component: usize) -> Option<u64> {
         None
     }
@@ -570,6 +572,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &torchao::INTX[5],
     &torchao::INTX[6],
     &torchao::INTX[7],
+    &torchao_int4::INT4,
     &torchao::FLOAT8,
     &torchao::FLOAT8_TENSOR,
     &torchao_blocks::NVFP4,

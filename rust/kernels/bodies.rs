@@ -6,7 +6,7 @@ macro_rules! bodies {
     ($level:ident, $features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
-        use crate::formats::{fp4_blocks, int4_rows, quanto_bits, weights, Weights};
+        use crate::formats::{fp4_blocks, int4_rows, quanto_bits, torchao_int4, weights, Weights};
 
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn most_bits16(weights: &[[u8; 2]]) -> u16 {
@@ -85,6 +85,25 @@ macro_rules! bodies {
             codes: &mut [u8],
         ) {
             int4_rows::put_body::<true>(shift, scale, weights, codes);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn put_pairs(
+            steps: torchao_int4::Steps,
+            weights: Weights<'_>,
+            codes: &mut [u8],
+        ) {
+            torchao_int4::put_body::<true>(steps, weights, codes);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn take_pairs(
+            scale: f32,
+            zero: f32,
+            codes: &[u8],
+            weights: &mut [f32],
+        ) {
+            torchao_int4::take_body(scale, zero, codes, weights);
         }
 
         #[target_feature(enable = $features)]

@@ -28,7 +28,9 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
-use crate::formats::{e2m1, fp4_blocks, int4_rows, quanto_bits, rows8, weights, Weights};
+use crate::formats::{
+    e2m1, fp4_blocks, int4_rows, quanto_bits, rows8, torchao_int4, weights, Weights,
+};
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
 /// detection only, so holding one proves that its instructions may be executed.
@@ -212,6 +214,11 @@ offers! {
     ) -> () = quanto_bits::put_body::<false>(dtype, bits, weights, codes);
     fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: Weights<'_>, codes: &mut [u8]) -> ()
         = int4_rows::put_body::<false>(shift, scale, weights, codes);
+    /// Encoder and decoder of a group of `torchao_int4`, likewise.
+    fn put_pairs [avx2 avx512] (steps: torchao_int4::Steps, weights: Weights<'_>, codes: &mut [u8]) -> ()
+        = torchao_int4::put_body::<false>(steps, weights, codes);
+    fn take_pairs [avx2 avx512] (scale: f32, zero: f32, codes: &[u8], weights: &mut [f32]) -> ()
+        = torchao_int4::take_body(scale, zero, codes, weights);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.
     fn encode_e2m1 [avx2 avx512] (
         rounding: e2m1::Rounding,

@@ -277,7 +277,7 @@ fn describe(checkpoint: &engine::Checkpoint) -> serde_json::Value {
     let tensors = checkpoint.tensors.iter().map(|tensor| {
         let parts = tensor.stored().map(|part| {
             let entry = &part.entry;
-            json!({"name": entry.name, "dtype": entry.dtype.name(), "shape": entry.shape, "bytes": entry.bytes, "offset": entry.offset})
+            json!({"name": entry.name, "dtype": entry.dtype.name(), "shape": part.file_shape(), "bytes": entry.bytes, "offset": entry.offset})
         });
         json!({
             "name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype.name(),

@@ -56,7 +56,7 @@ fn bound(info: &Info) -> f32 {
         "torchao:mxfp8" => 0.063,
         name if name.contains("fp8") || name.contains(":float8") => 0.037,
         // Half a step, of which 2^bits - 1 are twice the largest magnitude at most.
-        name if name.starts_with("torchao:intx") || name.starts_with("quanto:int") => {
+        name if name.starts_with("torchao:int") || name.starts_with("quanto:int") => {
             let bits = name.trim_start_matches(|letter: char| !letter.is_ascii_digit());
             1.01 / (bits.parse::<f32>().unwrap_or(1.0).exp2() - 1.0) + 0.001
         }

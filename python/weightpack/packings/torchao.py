@@ -24,6 +24,8 @@ FORMATS = ("torchao:",)
 
 _KERNELS = {"_type": "KernelPreference", "_data": "AUTO"}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+_INT4_GROUP = 128
+"""Weights of a row that share a scale in packed 4-bit weights, unless something else is asked for."""
 _ARRAYS = ("_qdata", "_scale_and_zero", "_per_tensor_scale")
 """Ends of names that no plain tensor has."""
 
@@ -130,6 +132,14 @@ def _group(decision: Decision) -> int | None:
         return cast("int | None", decision.params.get("block_size"))
     columns, groups = decision.entry.shape[-1], scale.shape[-1]
     return None if groups == 1 else columns // groups
+
+
+def _int4_group(decision: Decision) -> int:
+    """Weights of a row that share a scale, in the format that has scales column by column."""
+    scale = _scale(decision)
+    if scale is not None:
+        return decision.entry.shape[-1] // scale.shape[0]
+    return cast("int | None", decision.params.get("block_size")) or _INT4_GROUP
 
 
 def _has_groups(decision: Decision) -> bool:
@@ -246,6 +256,24 @@ _KINDS = {
         arrays=("zero_point", "qdata", "scale"),
     ),
     **{f"torchao:intx{bits}": _intx(bits) for bits in range(2, 9)},
+    "torchao:int4": _Kind(
+        config="Int4WeightOnlyConfig",
+        version=2,
+        fields=lambda d: {
+            "group_size": _int4_group(d),
+            "set_inductor_config": True,
+            "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "PLAIN"},
+            "int4_choose_qparams_algorithm": {"_type": "Int4ChooseQParamsAlgorithm", "_data": "TINYGEMM"},
+            "int4_tile_packed_ntile": 8,
+        },
+        tensor="Int4Tensor",
+        attributes=lambda d: {
+            "activation_dtype": _dtype("bfloat16"),
+            "block_size": [1, _int4_group(d)],
+            "shape": list(d.entry.shape),
+        },
+        arrays=("qdata", "scale", "zero_point"),
+    ),
     "torchao:float8": _float8(lambda d: _in_groups(d, _PER_ROW), _block),
     "torchao:float8_tensor": _float8(lambda _: _granularity("PerTensor"), lambda d: list(d.entry.shape)),
     "torchao:nvfp4": _Kind(

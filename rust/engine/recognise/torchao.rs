@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::super::checkpoint::Stored;
 use super::{Recognised, Sources};
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::scaled::with_scales;
 use crate::formats::{self, Format, Layout, Params};
 use crate::io::Metadata;
@@ -26,6 +26,7 @@ type Decoder = (&'static dyn Format, Layout);
 const CLASSES: &[(&str, Class)] = &[
     ("Int8Tensor", int8),
     ("IntxUnpackedToInt8Tensor", intx),
+    ("Int4Tensor", int4),
     ("Float8Tensor", float8),
     ("NVFP4Tensor", nvfp4),
     ("MXTensor", mx),
@@ -225,6 +226,48 @@ fn intx(weight: &Weight<'_>) -> Result<Option<Decoder>> {
     };
     let (dtype, shape) = (scale.entry.dtype, scale.entry.shape.as_slice());
     Ok(Some((format, with_scales(layout, dtype, shape)?)))
+}
+
+fn int4(weight: &Weight<'_>) -> Result<Option<Decoder>> {
+    let (Some([1, size]), Some(scale), Some(zeros), &[rows, bytes], Some("bfloat16")) = (
+        weight.block(),
+        weight.scale,
+        weight.zero_point,
+        weight.data.entry.shape.as_slice(),
+        weight.member("activation_dtype"),
+    ) else {
+        return Ok(None);
+    };
+    let dtype = scale.entry.dtype;
+    let has_floats = matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    if !has_floats || zeros.entry.dtype != dtype || weight.data.entry.dtype != Dtype::I8 {
+        return Ok(None);
+    }
+    let params = Params {
+        dtype,
+        block_size: Some(size),
+        ..Params::default()
+    };
+    let columns = crate::shape::multiply(bytes, 2, "weights of a row")?;
+    // Transposed weights are packed along their columns.
+    if weight.attributes.get("shape") != Some(&serde_json::json!([rows, columns])) {
+        return Ok(None);
+    }
+    let Some((format, layout)) = decoder("torchao:int4", &[rows, columns], &params)? else {
+        return Ok(None);
+    };
+    for (array, component) in [scale, zeros]
+        .into_iter()
+        .zip(layout.components.iter().skip(1))
+    {
+        if array.entry.shape != component.shape {
+            return Err(Error::checkpoint(format!(
+                "\"{}\" has shape {:?}, expected {:?}",
+                array.entry.name, array.entry.shape, component.shape
+            )));
+        }
+    }
+    Ok(Some((format, layout)))
 }
 
 fn float8(weight: &Weight<'_>) -> Result<Option<Decoder>> {
