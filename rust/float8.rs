@@ -26,7 +26,8 @@ pub fn to_e4m3(x: f32) -> u8 {
     // them; what is added besides takes the exponent of 2^-6 off the code.
     let count = size + f32::from_bits(power + (20 << 23) + (256 - (LEAST_NORMAL >> 20) % 256));
     let code = count.to_bits().wrapping_add(power >> 20);
-    (code & 0x7f | sign) as u8
+    // The last byte of the code has no sign yet; the bytes above it do not matter.
+    (code | sign) as u8
 }
 
 /// The value of an E4M3 code.

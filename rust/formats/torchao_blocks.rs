@@ -57,8 +57,8 @@ use crate::shape;
 const TILE_ROWS: u64 = 128;
 const TILE_BLOCKS: u64 = 4;
 const TILE_BYTES: u64 = 512;
-/// Blocks that are encoded together.
-const RUN_BLOCKS: usize = 64;
+/// Blocks that are encoded together: so many that what a run costs by itself is little.
+const RUN_BLOCKS: usize = 512;
 
 /// One of the three formats.
 pub struct Swizzled {
@@ -403,6 +403,32 @@ mod tests {
             places(33).take(6).collect::<Vec<_>>(),
             [20, 21, 22, 23, 532, 533]
         );
+    }
+
+    #[test]
+    fn long_rows_are_encoded_and_decoded_run_by_run() {
+        let blocks = RUN_BLOCKS + 5;
+        let level = Level::SCALAR;
+        let weights: Vec<f32> = (0..blocks * 16)
+            .map(|i| (i * 7919 % 1009) as f32 - 500.0)
+            .collect();
+        let rule = Rule::TorchAoNvFp4 { tensor_scale: 0.2 };
+        let mut expected = (vec![0; blocks * 8], vec![0; blocks]);
+        let all = Weights::F32(&weights);
+        fp4_blocks::encode(level, rule, all, &mut expected.0, &mut expected.1);
+
+        let mut codes = vec![0; blocks * 8];
+        let mut scales = vec![0; blocks.div_ceil(4) * 512];
+        encode_row(level, Kind::NvFp4, 0.2, 40, all, &mut codes, &mut scales);
+        assert_eq!(codes, expected.0);
+        let placed: Vec<u8> = places(40).take(blocks).map(|at| scales[at]).collect();
+        assert_eq!(placed, expected.1);
+
+        let (mut decoded, mut whole) = (vec![0.0; blocks * 16], vec![0.0; blocks * 16]);
+        decode_row(level, Kind::NvFp4, 0.2, 40, &codes, &scales, &mut decoded);
+        let kind = Scales::Times(0.2);
+        fp4_blocks::decode(level, 16, true, kind, &codes, &placed, &mut whole);
+        assert_eq!(decoded, whole);
     }
 
     proptest! {

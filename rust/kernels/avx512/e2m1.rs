@@ -43,8 +43,12 @@ const HALF_STEP: [f32; 16] = {
 #[target_feature(enable = "avx512f,avx512dq")]
 fn codes(rounding: Rounding, x: __m512, is_signed: __mmask16) -> __m512i {
     let size = _mm512_range_ps::<LEAST_MAGNITUDE>(x, _mm512_set1_ps(MOST));
-    let at_least_1 = _mm512_max_ps(size, _mm512_set1_ps(1.0));
-    let exponent = _mm512_srli_epi32::<23>(_mm512_castps_si512(at_least_1));
+    // As whole numbers magnitudes have the same order.
+    let at_least_1 = _mm512_max_epi32(
+        _mm512_castps_si512(size),
+        _mm512_castps_si512(_mm512_set1_ps(1.0)),
+    );
+    let exponent = _mm512_srli_epi32::<23>(at_least_1);
     let to_code = _mm512_permutexvar_ps(exponent, load(&TO_CODE));
     let sum = match rounding {
         Rounding::Even | Rounding::EvenUnsignedZero => _mm512_add_ps(size, to_code),
