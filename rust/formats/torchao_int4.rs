@@ -44,7 +44,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Level};
+use crate::kernels;
 use crate::shape;
 
 /// The format; it holds nothing.
@@ -58,7 +58,7 @@ static INFO: Info = Info {
     container: "safetensors",
     exactness: Exactness::Exact,
     peer: "torchao 0.18.0",
-    reader: "torchao, transformers",
+    reader: "torchao, transformers, diffusers",
     bits_per_weight: 4.25,
     encodes: Encodes::Always,
 };
@@ -71,6 +71,9 @@ const LEAST_RANGE: f32 = 1e-6;
 const MOST: f32 = 15.0;
 /// The code that stands for the zero point, counted likewise.
 const MIDDLE: f32 = 8.0;
+
+/// Codes that are found before they are put together.
+const RUN: usize = 256;
 
 /// How a weight is divided.
 struct Sizes {
@@ -100,36 +103,34 @@ impl Sizes {
         })
     }
 
-    /// The type of scales and zero points, and the bytes of a pair.
-    fn pair(&self) -> (Dtype, usize) {
-        (self.dtype, 2 * self.bytes)
+    /// Bytes of a scale and a zero point.
+    fn pair_bytes(&self) -> usize {
+        2 * self.bytes
     }
 }
 
 /// What the codes of one group are counted from, and the distance of two.
 #[derive(Debug, Clone, Copy)]
-pub struct Steps {
+struct Steps {
     least: f32,
     step: f32,
     is_zero: bool,
 }
 
 impl Steps {
-    /// Those of some weights; or the least and the greatest of them, where their range is infinite.
-    fn of(level: Level, weights: Weights<'_>) -> std::result::Result<Self, (f32, f32)> {
-        let (least, greatest) = kernels::range(level, weights);
-        let range = (greatest - least).max(LEAST_RANGE);
-        match range.is_finite() {
-            true => Ok(Steps {
-                least,
-                step: range / MOST,
-                is_zero: least == 0.0 && greatest == 0.0,
-            }),
-            false => Err((least, greatest)),
+    /// Those of finite weights. Their step is infinite where `f32` does not hold the range.
+    #[inline(always)]
+    fn of(weights: Weights<'_>) -> Self {
+        let (least, greatest) = for_stored!(weights, |weights: Type| range_of::<Type>(weights));
+        Steps {
+            least,
+            step: (greatest - least).max(LEAST_RANGE) / MOST,
+            is_zero: least == 0.0 && greatest == 0.0,
         }
     }
 
     /// Scale and zero point in the type `dtype`.
+    #[inline(always)]
     fn stored(self, dtype: Dtype) -> (f32, f32) {
         let scale = rows8::round_to(dtype, self.step);
         let zero = match self.is_zero {
@@ -198,7 +199,7 @@ impl Format for Int4 {
         }
         layout.statistics = Some(Span::Blocks {
             weights: sizes.group as u64,
-            bytes: sizes.pair().1 as u64,
+            bytes: sizes.pair_bytes() as u64,
         });
         Ok(layout)
     }
@@ -216,26 +217,25 @@ impl Format for Int4 {
         statistics: &mut [u8],
     ) -> Result<()> {
         let sizes = Sizes::of(layout)?;
-        let (dtype, bytes) = sizes.pair();
-        let level = kernels::level();
-        let groups = weights
-            .chunks_exact(sizes.group)
-            .zip(statistics.chunks_exact_mut(bytes));
-        for (number, (weights, place)) in groups.enumerate() {
-            let steps = Steps::of(level, weights).map_err(|(least, greatest)| {
-                let index = first + (number * sizes.group) as u64;
-                Error::format(format!(
-                    "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that F32 does not hold",
-                    INFO.name,
-                    index + sizes.group as u64,
-                ))
-            })?;
-            let (scale, zero) = steps.stored(dtype);
-            let (scale_place, zero_place) = place.split_at_mut(sizes.bytes);
-            rows8::put_number(dtype, scale, scale_place);
-            rows8::put_number(dtype, zero, zero_place);
+        let done = kernels::measure_pairs(
+            kernels::level(),
+            sizes.group,
+            sizes.dtype,
+            weights,
+            statistics,
+        );
+        if done * sizes.group >= weights.len() {
+            return Ok(());
         }
-        Ok(())
+        let (_, rest) = weights.split_at(done * sizes.group);
+        let (group, _) = rest.split_at(sizes.group);
+        let (least, greatest) = kernels::range(kernels::level(), group);
+        let index = first + (done * sizes.group) as u64;
+        Err(Error::format(format!(
+            "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that F32 does not hold",
+            INFO.name,
+            index + sizes.group as u64,
+        )))
     }
 
     fn encode(
@@ -248,15 +248,7 @@ impl Format for Int4 {
     ) -> Result<()> {
         let sizes = Sizes::of(layout)?;
         let [codes, ..] = parts;
-        let level = kernels::level();
-        let groups = weights
-            .chunks_exact(sizes.group)
-            .zip(codes.chunks_exact_mut(sizes.group / 2));
-        for (weights, codes) in groups {
-            let steps = Steps::of(level, weights)
-                .map_err(|_| Error::Internal(String::from("a range was not measured")))?;
-            kernels::put_pairs(level, steps, weights, codes);
-        }
+        kernels::put_pairs(kernels::level(), sizes.group, weights, codes);
         Ok(())
     }
 
@@ -290,10 +282,9 @@ impl Format for Int4 {
     ) -> Result<()> {
         let sizes = Sizes::of(layout)?;
         let [codes, ..] = *parts;
-        let (_, bytes) = sizes.pair();
         let first = shape::to_usize(first)? / sizes.group;
         let pairs = statistics
-            .chunks_exact(bytes)
+            .chunks_exact(sizes.pair_bytes())
             .skip(first)
             .map(|pair| pair.split_at(sizes.bytes));
         take_groups(&sizes, codes, pairs, weights);
@@ -350,55 +341,130 @@ fn take_groups<'p>(
     }
 }
 
-/// Codes of one group, two to a byte. With `FMA` as [`rows8::encode_body`].
+/// The least and the greatest of finite weights, by numbers that are ordered as they are.
 #[inline(always)]
-pub(crate) fn put_body<const FMA: bool>(steps: Steps, weights: Weights<'_>, codes: &mut [u8]) {
-    for_stored!(weights, |weights: Type| put_of::<Type, FMA>(
-        steps, weights, codes
-    ));
+fn range_of<S: Stored>(weights: &[S::Bytes]) -> (f32, f32) {
+    let turned = |bits: i32| bits ^ (bits >> 31) & i32::MAX;
+    let (least, greatest) = weights
+        .iter()
+        .fold((i32::MAX, i32::MIN), |(low, high), &weight| {
+            let order = turned(S::value(weight).to_bits().cast_signed());
+            (low.min(order), high.max(order))
+        });
+    let value = |order: i32| f32::from_bits(turned(order).cast_unsigned());
+    (value(least), value(greatest))
 }
 
+/// Scale and zero point of whole groups of `size` weights, and how many groups; it ends where a scale would be
+/// infinite.
 #[inline(always)]
-fn put_of<S: Stored, const FMA: bool>(steps: Steps, weights: &[S::Bytes], codes: &mut [u8]) {
+pub(crate) fn measure_body(
+    size: usize,
+    dtype: Dtype,
+    weights: Weights<'_>,
+    pairs: &mut [u8],
+) -> usize {
+    let bytes = if dtype == Dtype::F32 { 4 } else { 2 };
+    let groups = weights
+        .chunks_exact(size)
+        .zip(pairs.chunks_exact_mut(2 * bytes));
+    let mut done = 0;
+    for (weights, pair) in groups {
+        let steps = Steps::of(weights);
+        if steps.step.is_infinite() {
+            break;
+        }
+        let (scale, zero) = steps.stored(dtype);
+        let (scale_place, zero_place) = pair.split_at_mut(bytes);
+        rows8::put_number(dtype, scale, scale_place);
+        rows8::put_number(dtype, zero, zero_place);
+        done += 1;
+    }
+    done
+}
+
+/// Codes of whole groups of `size` weights, two to a byte. With `FMA` as [`rows8::encode_body`].
+#[inline(always)]
+pub(crate) fn put_body<const FMA: bool>(size: usize, weights: Weights<'_>, codes: &mut [u8]) {
+    // A byte for each code first: loops that do one thing become vectors.
+    let mut found = [0; RUN];
+    let size = size.max(2);
+    let together = match size < RUN {
+        true => RUN / size * size,
+        false => size,
+    };
+    for (weights, codes) in weights.chunks(together).zip(codes.chunks_mut(together / 2)) {
+        if size <= RUN {
+            for (group, found) in weights.chunks(size).zip(found.chunks_mut(size)) {
+                number::<FMA>(Steps::of(group), group, found);
+            }
+            join(&found, codes);
+            continue;
+        }
+        let steps = Steps::of(weights);
+        for (weights, codes) in weights.chunks(RUN).zip(codes.chunks_mut(RUN / 2)) {
+            number::<FMA>(steps, weights, &mut found);
+            join(&found, codes);
+        }
+    }
+}
+
+/// A byte for the code of each of some weights of a group.
+#[inline(always)]
+fn number<const FMA: bool>(steps: Steps, weights: Weights<'_>, found: &mut [u8]) {
     let Steps { least, step, .. } = steps;
     if FMA && Divisor::serves(step) {
         let divisor = Divisor::new(step);
-        put::<S>(weights, codes, |weight| divisor.divide(weight - least));
+        for_stored!(weights, |weights: Type| {
+            each(weights, found, |weight| {
+                divisor.divide(Type::value(weight) - least)
+            })
+        });
     } else {
-        put::<S>(weights, codes, |weight| (weight - least) / step);
+        for_stored!(weights, |weights: Type| {
+            each(weights, found, |weight| {
+                (Type::value(weight) - least) / step
+            })
+        });
     }
 }
 
 #[inline(always)]
-fn put<S: Stored>(weights: &[S::Bytes], codes: &mut [u8], quotient: impl Fn(f32) -> f32) {
-    let code = |weight| nearest(quotient(S::value(weight)));
-    // Runs of a fixed length, so that bytes are put together from whole vectors.
-    let (runs, rest) = weights.as_chunks::<64>();
-    let (places, last) = codes.as_chunks_mut::<32>();
+fn each<B: Copy>(weights: &[B], found: &mut [u8], quotient: impl Fn(B) -> f32) {
+    let count = weights.len().min(found.len());
+    let (found, _) = found.split_at_mut(count);
+    let (runs, rest) = weights.as_chunks::<32>();
+    let (places, last) = found.as_chunks_mut::<32>();
     for (weights, places) in runs.iter().zip(places) {
-        let mut found = [0; 64];
-        for (found, &weight) in found.iter_mut().zip(weights) {
-            *found = code(weight);
-        }
-        for (place, pair) in places.iter_mut().zip(found.as_chunks().0) {
-            *place = joined(*pair);
+        for (place, &weight) in places.iter_mut().zip(weights) {
+            *place = nearest(quotient(weight));
         }
     }
-    for (place, pair) in last.iter_mut().zip(rest.as_chunks::<2>().0) {
-        *place = joined(pair.map(&code));
+    for (place, &weight) in last.iter_mut().zip(rest) {
+        *place = nearest(quotient(weight));
     }
 }
 
-/// The nearest whole number from 0 to 15, ties to even.
+/// Two codes to a byte, as many as `codes` holds.
+#[inline(always)]
+fn join(found: &[u8], codes: &mut [u8]) {
+    for (code, pair) in codes.iter_mut().zip(found.as_chunks().0) {
+        *code = joined(*pair);
+    }
+}
+
+/// The nearest whole number, ties to even. It is one from 0 to 15: no weight is less than the least, or further
+/// from it than 15 steps and what rounding the step took from it.
 #[inline(always)]
 fn nearest(quotient: f32) -> u8 {
-    (quotient.clamp(0.0, MOST) + TO_WHOLE).to_bits() as u8
+    (quotient + TO_WHOLE).to_bits() as u8
 }
 
 /// A byte of two codes that are counted from 0; less 8 is the highest bit turned round.
 #[inline(always)]
-fn joined([low, high]: [u8; 2]) -> u8 {
-    (low & 15 | high << 4) ^ 0x88
+fn joined(pair: [u8; 2]) -> u8 {
+    let both = u16::from_le_bytes(pair);
+    (both | both >> 4) as u8 ^ 0x88
 }
 
 /// Weights of one group.
@@ -413,6 +479,7 @@ pub(crate) fn take_body(scale: f32, zero: f32, codes: &[u8], weights: &mut [f32]
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Level;
 
     #[test]
     fn every_byte_is_two_signed_numbers() {
@@ -423,33 +490,60 @@ mod tests {
         for (byte, pair) in codes.iter().zip(weights.chunks(2)) {
             assert_eq!(pair, [signed(byte & 15), signed(byte >> 4)]);
         }
-        // Whole numbers from -8 to 7 are their own codes, once 0 stands for the least.
+        // Whole numbers from -8 to 7 are their own codes.
         for level in Level::available() {
             let mut again = vec![0; 256];
-            let steps = Steps {
-                least: -8.0,
-                step: 1.0,
-                is_zero: false,
-            };
-            kernels::put_pairs(level, steps, Weights::F32(&weights), &mut again);
+            kernels::put_pairs(level, 512, Weights::F32(&weights), &mut again);
             assert_eq!(again, codes);
         }
     }
 
     #[test]
     fn levels_give_the_same_bytes() {
-        let weights: Vec<f32> = (0..130)
-            .map(|index| ((index * 7919) % 1013) as f32 * 1e-3 - 0.4)
-            .collect();
-        let (mut first, mut decoded) = (vec![0; 65], vec![0.0; 130]);
-        let steps = Steps::of(Level::SCALAR, Weights::F32(&weights)).unwrap();
-        kernels::put_pairs(Level::SCALAR, steps, Weights::F32(&weights), &mut first);
-        kernels::take_pairs(Level::SCALAR, 0.3, -0.1, &first, &mut decoded);
+        for (size, count) in [(2, 6), (32, 128), (66, 132), (128, 384)] {
+            let weights: Vec<f32> = (0..count)
+                .map(|index| ((index * 7919) % 1013) as f32 * 1e-3 - 0.4)
+                .collect();
+            let wide: Vec<[u8; 2]> = weights
+                .iter()
+                .map(|&weight| half::bf16::from_f32(weight).to_le_bytes())
+                .collect();
+            let narrow: Vec<f32> = wide
+                .iter()
+                .map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32())
+                .collect();
+            for given in [
+                Weights::F32(&weights),
+                Weights::F32(&narrow),
+                Weights::BF16(&wide),
+            ] {
+                let made = |level| {
+                    let (mut codes, mut pairs) = (vec![0; count / 2], vec![0; count / size * 4]);
+                    kernels::put_pairs(level, size, given, &mut codes);
+                    let done = kernels::measure_pairs(level, size, Dtype::BF16, given, &mut pairs);
+                    assert_eq!(done, count / size);
+                    let mut decoded = vec![0.0; count];
+                    kernels::take_pairs(level, 0.3, -0.1, &codes, &mut decoded);
+                    (codes, pairs, decoded)
+                };
+                let first = made(Level::SCALAR);
+                for level in Level::available() {
+                    assert_eq!(made(level), first);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_that_is_infinite_is_not_measured() {
+        let weights = [0.0, 1.0, 3e38, -3e38, 1.0, 2.0];
         for level in Level::available() {
-            let (mut codes, mut found) = (vec![0; 65], vec![0.0; 130]);
-            kernels::put_pairs(level, steps, Weights::F32(&weights), &mut codes);
-            kernels::take_pairs(level, 0.3, -0.1, &codes, &mut found);
-            assert_eq!((codes, found), (first.clone(), decoded.clone()));
+            let mut pairs = [0; 24];
+            let given = Weights::F32(&weights);
+            assert_eq!(
+                kernels::measure_pairs(level, 2, Dtype::F32, given, &mut pairs),
+                1
+            );
         }
     }
 

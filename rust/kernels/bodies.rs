@@ -88,12 +88,18 @@ macro_rules! bodies {
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn put_pairs(
-            steps: torchao_int4::Steps,
+        pub(in crate::kernels) fn measure_pairs(
+            size: usize,
+            dtype: Dtype,
             weights: Weights<'_>,
-            codes: &mut [u8],
-        ) {
-            torchao_int4::put_body::<true>(steps, weights, codes);
+            pairs: &mut [u8],
+        ) -> usize {
+            torchao_int4::measure_body(size, dtype, weights, pairs)
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels) fn put_pairs(size: usize, weights: Weights<'_>, codes: &mut [u8]) {
+            torchao_int4::put_body::<true>(size, weights, codes);
         }
 
         #[target_feature(enable = $features)]

@@ -214,9 +214,15 @@ offers! {
     ) -> () = quanto_bits::put_body::<false>(dtype, bits, weights, codes);
     fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: Weights<'_>, codes: &mut [u8]) -> ()
         = int4_rows::put_body::<false>(shift, scale, weights, codes);
-    /// Encoder and decoder of a group of `torchao_int4`, likewise.
-    fn put_pairs [avx2 avx512] (steps: torchao_int4::Steps, weights: Weights<'_>, codes: &mut [u8]) -> ()
-        = torchao_int4::put_body::<false>(steps, weights, codes);
+    /// Encoder of groups of `torchao_int4`, and its decoder of one, likewise.
+    fn measure_pairs [avx2 avx512] (
+        size: usize,
+        dtype: crate::dtype::Dtype,
+        weights: Weights<'_>,
+        pairs: &mut [u8],
+    ) -> usize = torchao_int4::measure_body(size, dtype, weights, pairs);
+    fn put_pairs [avx2 avx512] (size: usize, weights: Weights<'_>, codes: &mut [u8]) -> ()
+        = torchao_int4::put_body::<false>(size, weights, codes);
     fn take_pairs [avx2 avx512] (scale: f32, zero: f32, codes: &[u8], weights: &mut [f32]) -> ()
         = torchao_int4::take_body(scale, zero, codes, weights);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.

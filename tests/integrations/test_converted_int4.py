@@ -1,4 +1,4 @@
-"""Checkpoints of torchao's packed 4-bit weights: what unmodified transformers and torchao read of them on a CPU.
+"""Checkpoints of torchao's packed 4-bit weights: what unmodified hosts and torchao read of them on a CPU.
 Only GPUs multiply with such weights, by kernels of MSLK."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weightpack as wp
 from weightpack.errors import CheckpointError, ConfigError, UnsupportedError
 
 from .test_converted_rows import assert_same_file, llama, section, stored
+from .tiny_diffusers import save
 
 NAME = "torchao:int4"
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -48,6 +49,22 @@ def test_in_transformers(peer, tmp_path, dtype):
                 assert array.is_contiguous()
                 assert (array.dtype, array.shape) == (parts[one].dtype, parts[one].shape)
                 assert torch.equal(array, parts[one])
+
+
+def test_in_diffusers(peer, tmp_path):
+    torch, diffusers, ao = peer("torch"), peer("diffusers"), peer("torchao.quantization")
+    cls = save("flux", diffusers, tmp_path / "source", dtype=torch.bfloat16)
+    report = convert(tmp_path / "source", tmp_path / "ours", NAME, group_size=16)
+    config = diffusers.TorchAoConfig(ao.Int4WeightOnlyConfig(group_size=16))
+    assert section(tmp_path / "ours") == json.loads(json.dumps(config.to_dict()))
+    packed = {tensor.name for tensor in report.tensors if tensor.format == NAME}
+    source = stored(tmp_path / "source/diffusion_pytorch_model.safetensors")[0]
+    model = cls.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
+    found = {name: one for name, one in model.named_parameters() if type(one).__name__ == "Int4Tensor"}
+    assert found.keys() == packed
+    for name, weight in found.items():
+        parts = wp.quantize(source[name], NAME, block_size=16)
+        assert all(torch.equal(getattr(weight, one), parts[one]) for one in ARRAYS)
 
 
 def test_as_torchao_flattens(peer, tmp_path):
