@@ -51,6 +51,19 @@ def test_in_transformers(peer, tmp_path, dtype):
                 assert torch.equal(array, parts[one])
 
 
+def test_a_cpu_computes_once_it_is_decoded(peer, tmp_path):
+    """Otherwise torchao says that kernels are missing."""
+    torch, transformers, _ = peer("torch"), peer("transformers"), peer("torchao")
+    cls, ids = llama(transformers, torch, tmp_path / "source", torch.bfloat16)
+    convert(tmp_path / "source", tmp_path / "ours", NAME, group_size=16)
+    convert(tmp_path / "ours", tmp_path / "plain", "bf16")
+    expected = cls.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    model = wp.from_pretrained(cls, tmp_path / "ours", torch_dtype=torch.bfloat16)
+    model.hf_quantizer.dequantize(model)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
 def test_in_diffusers(peer, tmp_path):
     torch, diffusers, ao = peer("torch"), peer("diffusers"), peer("torchao.quantization")
     cls = save("flux", diffusers, tmp_path / "source", dtype=torch.bfloat16)

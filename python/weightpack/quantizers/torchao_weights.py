@@ -18,6 +18,7 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import BackendError, CheckpointError, FormatError
+from ..formats_ import dequantize
 
 _PURPOSE = "pack weights for torchao"
 _ROWS = 1024
@@ -133,6 +134,9 @@ def decode(weight: Any, dtype: Any = None) -> Any:
         direct = dtype is not None and "output_dtype" in inspect.signature(method).parameters
         decoded = weight.dequantize(dtype) if direct else weight.dequantize()
         return decoded if dtype is None else decoded.to(dtype)
+    if _is_plain_int4(weight):
+        group = int(weight.block_size[-1])
+        return dequantize(arrays_of(weight), "torchao:int4", dtype=dtype or weight.dtype, block_size=group)
     # The int4 tensors have no decoder of their own, but each row of the identity picks a column.
     if weight.dim() != 2:
         raise BackendError(f"torchao does not decode a {type(weight).__name__} of {weight.dim()} dimensions")
@@ -144,6 +148,15 @@ def decode(weight: Any, dtype: Any = None) -> Any:
         picked[torch.arange(count), torch.arange(start, start + count)] = 1
         decoded[:, start : start + count] = torch.nn.functional.linear(picked, weight).t()
     return decoded
+
+
+def _is_plain_int4(weight: Any) -> bool:
+    """Whether a packed tensor is one of `torchao:int4` on the CPU, where torchao does not multiply with it."""
+    if type(weight).__name__ != "Int4Tensor" or weight.device.type != "cpu" or weight.act_pre_scale is not None:
+        return False
+    # A transposed one is packed along its columns.
+    rows, columns = weight.shape[0], weight.shape[-1]
+    return bool(tuple(weight.qdata.shape) == (rows, columns // 2) and weight.block_size[0] == 1)
 
 
 def packed_size(weight: Any) -> int:
