@@ -137,7 +137,7 @@ fn bnb_int8(criterion: &mut Criterion) {
     let encode = |level, out: &mut (Vec<u8>, [f32; WEIGHTS / ROW])| {
         let rows = x.chunks_exact(ROW).zip(out.0.chunks_exact_mut(ROW));
         for ((weights, codes), scale) in rows.zip(&mut out.1) {
-            *scale = bnb8::encode_row(level, weights, codes);
+            *scale = bnb8::encode_row(level, Weights::F32(weights), codes);
         }
     };
     let mut encoded = (vec![0u8; WEIGHTS], [0.0; WEIGHTS / ROW]);

@@ -10,10 +10,10 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
 use crate::formats::{self, Fold, Format, Layout, Span, Weights, MAX_PARTS};
-use crate::shape;
+use crate::{kernels, shape};
 
 use super::exchanged::{self, Exchanged};
-use super::slab::{refuse_nonfinite, resize, TILE_WEIGHTS};
+use super::slab::{refuse_nonfinite, resize, Pass, TILE_WEIGHTS};
 
 /// Fewer weights than this are not worth a thread of their own.
 const LEAST_WEIGHTS_PER_THREAD: u64 = 256 * 1024;
@@ -68,9 +68,10 @@ pub fn encode_array(
         let measured = &*layout;
         in_threads(work, |(run, bytes)| {
             let mut rest = bytes;
-            source.for_each_tile(measured, run, |first, weights| {
+            source.for_each_tile(Pass::First, measured, run, |first, weights| {
                 let bytes = take(&mut rest, span.range(first, weights.len() as u64))?;
-                format.measure(measured, first, weights, bytes)
+                let done = format.measure(measured, first, weights, bytes);
+                source.or_not_finite(done, measured, first, weights)
             })
         })?;
         format.settle(layout, &mut statistics)?;
@@ -89,13 +90,15 @@ pub fn encode_array(
         work.push((run.clone(), take_parts(layout, &mut rest, &run)?));
     }
     in_threads(work, |(run, mut rest)| {
-        source.for_each_tile(layout, run, |first, weights| {
+        let pass = Pass::that_encodes(layout);
+        source.for_each_tile(pass, layout, run, |first, weights| {
             let tile = first..first + weights.len() as u64;
             let mut parts: formats::PartsMut<'_> = Default::default();
             for (part, bytes) in parts.iter_mut().zip(take_parts(layout, &mut rest, &tile)?) {
                 *part = bytes;
             }
-            format.encode(layout, first, weights, &statistics, &mut parts)
+            let done = format.encode(layout, first, weights, &statistics, &mut parts);
+            source.or_not_finite(done, layout, first, weights)
         })
     })?;
 
@@ -303,8 +306,10 @@ struct Source<'a> {
 
 impl Source<'_> {
     /// Gives tile after tile of `run` to `work`, widened if it has to be, with the index of its first weight.
+    /// The first pass refuses weights that are not finite.
     fn for_each_tile(
         &self,
+        pass: Pass,
         layout: &Layout,
         run: Range<u64>,
         mut work: impl FnMut(u64, Weights<'_>) -> Result<()>,
@@ -318,11 +323,30 @@ impl Source<'_> {
                 None => get(self.data, range)?,
             };
             let weights = self.weights(data, &tile, &mut wide)?;
-            let keep = self.keep_nonfinite;
-            refuse_nonfinite(self.format, layout, tile.start, weights, keep)?;
+            if pass == Pass::First && !self.format.finds_nonfinite() {
+                self.refuse_nonfinite(layout, tile.start, weights)?;
+            }
             work(tile.start, weights)?;
         }
         Ok(())
+    }
+
+    /// An error that may come of weights that are not finite names them, if there are any.
+    fn or_not_finite(
+        &self,
+        done: Result<()>,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+    ) -> Result<()> {
+        if done.is_err() {
+            self.refuse_nonfinite(layout, first, weights)?;
+        }
+        done
+    }
+
+    fn refuse_nonfinite(&self, layout: &Layout, first: u64, weights: Weights<'_>) -> Result<()> {
+        refuse_nonfinite(self.format, layout, first, weights, self.keep_nonfinite)
     }
 
     /// The weights whose bytes are `data`.
@@ -358,9 +382,13 @@ impl Source<'_> {
     ) -> Result<&'b [u8]> {
         let row_bytes = fold.row_weights() * self.weight_bytes;
         let bytes = resize(gathered, (tile.end - tile.start) * self.weight_bytes)?;
+        // Each part goes on where it ends here.
+        let later = bytes.len() / shape::to_usize(fold.parts())?.max(1);
         let places = bytes.chunks_exact_mut(shape::to_usize(row_bytes)?);
         for (row, place) in fold.rows_from(tile.start / fold.row_weights()).zip(places) {
-            place.copy_from_slice(get(self.data, row * row_bytes..(row + 1) * row_bytes)?);
+            let row = get(self.data, row * row_bytes..(row + 1) * row_bytes)?;
+            kernels::ahead(row, later);
+            place.copy_from_slice(row);
         }
         Ok(bytes)
     }

@@ -276,9 +276,11 @@ impl Task<'_> {
         Weights::stored(dtype, parts[0])
     }
 
-    /// The weights of one tile of `input`, decoded if they have to be. Refuses those that are not finite.
+    /// The weights of one tile of `input`, decoded if they have to be. The first pass over them refuses those
+    /// that are not finite.
     fn tile_weights<'s>(
         &self,
+        pass: Pass,
         input: [&'s [u8]; MAX_PARTS],
         scratch: &'s mut TileScratch,
         slab: &Range<u64>,
@@ -289,14 +291,15 @@ impl Task<'_> {
             Some(weights) => weights,
             None => Weights::F32(self.decode_tile(&parts, scratch, tile)?),
         };
-        refuse_nonfinite(
-            self.target.format,
-            self.target.layout,
-            tile.start,
-            weights,
-            self.keep_nonfinite,
-        )?;
+        if pass == Pass::First && !self.target.format.finds_nonfinite() {
+            self.refuse_nonfinite(tile.start, weights)?;
+        }
         Ok(weights)
+    }
+
+    fn refuse_nonfinite(&self, first: u64, weights: Weights<'_>) -> Result<()> {
+        let Packed { format, layout } = self.target;
+        refuse_nonfinite(format, layout, first, weights, self.keep_nonfinite)
     }
 
     fn decode_tile<'s>(
@@ -339,15 +342,23 @@ impl Task<'_> {
         resize(&mut scratch.statistics, bytes.end - bytes.start)?;
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.tile_weights(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
+            let x = self.tile_weights(
+                Pass::First,
+                as_slices(&scratch.input),
+                &mut scratch.tile,
+                slab,
+                &tile,
+            )?;
             let range = within(span, slab, &tile)?;
             let part = scratch
                 .statistics
                 .get_mut(range.clone())
                 .ok_or_else(|| outside(&range))?;
-            self.target
-                .format
-                .measure(self.target.layout, tile.start, x, part)?;
+            let Packed { format, layout } = self.target;
+            if let Err(error) = format.measure(layout, tile.start, x, part) {
+                self.refuse_nonfinite(tile.start, x)?;
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -364,21 +375,32 @@ impl Task<'_> {
     ) -> Result<ErrorSums> {
         let mut sums = ErrorSums::default();
         let recode = self.recoding();
+        let pass = Pass::that_encodes(self.target.layout);
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.tile_weights(as_slices(&scratch.input), &mut scratch.tile, slab, &tile)?;
+            let x = self.tile_weights(
+                pass,
+                as_slices(&scratch.input),
+                &mut scratch.tile,
+                slab,
+                &tile,
+            )?;
             let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
             if let Some(recode) = recode {
                 let input = as_slices(&scratch.input);
                 recode(&parts(self.source.layout, input, slab, &tile)?, &mut out);
             } else {
-                self.target.format.encode(
+                let encoded = self.target.format.encode(
                     self.target.layout,
                     tile.start,
                     x,
                     statistics,
                     &mut out,
-                )?;
+                );
+                if let Err(error) = encoded {
+                    self.refuse_nonfinite(tile.start, x)?;
+                    return Err(error);
+                }
             }
             if self.verify {
                 let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
@@ -396,6 +418,23 @@ impl Task<'_> {
             }
         }
         Ok(sums)
+    }
+}
+
+/// Which time it is that somebody looks at weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    First,
+    Second,
+}
+
+impl Pass {
+    /// The pass that encodes.
+    pub fn that_encodes(layout: &Layout) -> Self {
+        match layout.statistics {
+            Some(_) => Pass::Second,
+            None => Pass::First,
+        }
     }
 }
 

@@ -23,6 +23,7 @@
 //! 0, `int8_vectorwise_dequant`). A 64-bit source is rounded to f16 once here; torch rounds it
 //! twice.
 
+use super::rows8::{self, Codes, Scaling};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
     Weights,
@@ -31,6 +32,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Level};
 use crate::{float, shape};
+
+/// Weights that are widened at a time.
+const RUN: usize = 2048;
 
 /// The format; it holds nothing.
 pub struct Bnb8;
@@ -114,7 +118,6 @@ impl Format for Bnb8 {
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
-        let weights = weights.floats()?;
         let row_weights = shape::to_usize(layout.unit_weights)?;
         let [codes, scales, ..] = parts;
         let rows = weights
@@ -157,25 +160,49 @@ impl Format for Bnb8 {
     fn rounds_to_16_bits(&self) -> bool {
         true
     }
+
+    fn takes_stored(&self) -> bool {
+        true
+    }
 }
 
 /// Encodes one row and gives the largest magnitude after rounding to f16. If that is not finite,
 /// the codes mean nothing.
-pub fn encode_row(level: Level, weights: &[f32], codes: &mut [u8]) -> f32 {
-    // Bits of magnitudes have the order of their values, with infinity and NaN on top.
-    let (done, most) = kernels::most_f16(level, weights);
-    let most = weights[done..].iter().fold(most, |most, &weight| {
-        (float::through_f16(weight).to_bits() & 0x7fff_ffff).max(most)
-    });
-    let most = f32::from_bits(most);
+pub fn encode_row(level: Level, weights: Weights<'_>, codes: &mut [u8]) -> f32 {
+    let mut wide = [0f32; RUN];
+    let most = match weights {
+        Weights::F16(_) => rows8::largest(level, weights),
+        // Bits of magnitudes have the order of their values, with infinity and NaN on top.
+        _ => f32::from_bits(weights.chunks(RUN).fold(0, |most, run| {
+            largest_bits(level, run.widened(level, &mut wide)).max(most)
+        })),
+    };
     // The peer divides 127 by a tensor, which torch does by way of the reciprocal.
     let scale = if most == 0.0 { 0.0 } else { 1.0 / most * 127.0 };
+    if let Weights::F16(_) = weights {
+        rows8::encode(level, Codes::Int8, Scaling::Product, scale, weights, codes);
+        return most;
+    }
+    for (run, codes) in weights.chunks(RUN).zip(codes.chunks_mut(RUN)) {
+        put_codes(level, scale, run.widened(level, &mut wide), codes);
+    }
+    most
+}
+
+/// The largest bits of magnitudes after rounding to f16.
+fn largest_bits(level: Level, weights: &[f32]) -> u32 {
+    let (done, most) = kernels::most_f16(level, weights);
+    weights[done..].iter().fold(most, |most, &weight| {
+        (float::through_f16(weight).to_bits() & 0x7fff_ffff).max(most)
+    })
+}
+
+fn put_codes(level: Level, scale: f32, weights: &[f32], codes: &mut [u8]) {
     let done = kernels::encode_int8(level, scale, weights, codes);
     for (code, &weight) in codes[done..].iter_mut().zip(&weights[done..]) {
         let rounded = (float::through_f16(weight) * scale).round_ties_even();
         *code = (rounded as i8).cast_unsigned();
     }
-    most
 }
 
 /// Decodes one row.
@@ -186,15 +213,14 @@ pub fn decode_row(level: Level, codes: &[u8], scale: f32, weights: &mut [f32]) {
     }
 }
 
-fn overflow(first: u64, weights: &[f32]) -> Error {
-    let index = weights
-        .iter()
-        .position(|&weight| !float::through_f16(weight).is_finite())
+fn overflow(first: u64, weights: Weights<'_>) -> Error {
+    let index = (0..weights.len())
+        .find(|&index| !float::through_f16(weights.get(index)).is_finite())
         .unwrap_or(0);
     Error::format(format!(
         "{}: weight {} at index {} does not fit in f16, which this format rounds to first",
         INFO.name,
-        weights[index],
+        weights.get(index),
         first + index as u64
     ))
     .hint("keep this tensor in source precision, or choose another format")

@@ -194,8 +194,10 @@ impl Format for NvFp4 {
         weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
-        put_magnitudes(weights, statistics);
-        Ok(())
+        match put_magnitudes(weights, statistics) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
@@ -248,6 +250,10 @@ impl Format for NvFp4 {
         let (level, keeps_sign) = (kernels::level(), self.keeps_sign);
         fp4_blocks::decode(level, size, keeps_sign, kind, codes, scales, weights);
         Ok(())
+    }
+
+    fn finds_nonfinite(&self) -> bool {
+        true
     }
 
     fn takes_stored(&self) -> bool {

@@ -15,7 +15,8 @@
 //!
 //! Peer: ModelOpt 0.47 on CPU (unified export of a layer packed as INT4 in blocks).
 
-use super::rows8::{self, Divisor};
+use super::rows8::Divisor;
+use super::shared_bytes::put;
 use super::weights::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
@@ -117,19 +118,7 @@ impl Format for Int4Rows {
             .zip(codes.chunks_exact_mut(columns))
             .zip(scales.chunks_exact_mut(2 * columns / block * 4));
         for ((weights, codes), scales) in pairs {
-            let rows = weights.chunks_exact(columns);
-            let scales = scales.chunks_exact_mut(columns / block * 4);
-            for (shift, (row, scales)) in [0, 4].into_iter().zip(rows.zip(scales)) {
-                let runs = row
-                    .chunks_exact(block)
-                    .zip(codes.chunks_exact_mut(block))
-                    .zip(scales.as_chunks_mut().0);
-                for ((weights, codes), place) in runs {
-                    let scale = scale_for(rows8::largest(level, weights));
-                    *place = scale.to_le_bytes();
-                    kernels::put_int4(level, shift, scale, weights, codes);
-                }
-            }
+            kernels::encode_int4_rows(level, block, weights, codes, scales);
         }
         Ok(())
     }
@@ -185,51 +174,48 @@ fn scale_for(most: f32) -> f32 {
     }
 }
 
-/// Codes of one block, to bit `shift` of their bytes; those of bit 0 clear the rest. With `FMA` as
-/// [`rows8::encode_body`].
+/// Codes and scales of two rows in blocks of `block`. With `FMA` as [`super::rows8::encode_body`].
 #[inline(always)]
-pub(crate) fn put_body<const FMA: bool>(
-    shift: u32,
-    scale: f32,
+pub(crate) fn encode_body<const FMA: bool>(
+    block: usize,
     weights: Weights<'_>,
     codes: &mut [u8],
+    scales: &mut [u8],
 ) {
-    for_stored!(weights, |weights: Type| put_of::<Type, FMA>(
-        shift, scale, weights, codes
+    for_stored!(weights, |weights: Type| encode_of::<Type, FMA>(
+        block, weights, codes, scales
     ));
 }
 
 #[inline(always)]
-fn put_of<S: Stored, const FMA: bool>(
-    shift: u32,
-    scale: f32,
+fn encode_of<S: Stored, const FMA: bool>(
+    block: usize,
     weights: &[S::Bytes],
     codes: &mut [u8],
+    scales: &mut [u8],
 ) {
-    if FMA && Divisor::serves(scale) {
-        let divisor = Divisor::new(scale);
-        put::<S>(shift, weights, codes, |weight| divisor.divide(weight));
-    } else {
-        put::<S>(shift, weights, codes, |weight| weight / scale);
-    }
-}
-
-#[inline(always)]
-fn put<S: Stored>(shift: u32, weights: &[S::Bytes], codes: &mut [u8], divide: impl Fn(f32) -> f32) {
-    let kept = if shift == 0 { 0 } else { 15 };
-    let put = |code: &mut u8, weight| {
-        *code = *code & kept | to_int4(divide(S::value(weight))) << shift;
-    };
-    // Runs of a fixed length, so that bytes are put together from whole vectors.
-    let (runs, rest) = weights.as_chunks::<32>();
-    let (places, last) = codes.as_chunks_mut::<32>();
-    for (weights, codes) in runs.iter().zip(places) {
-        for (code, &weight) in codes.iter_mut().zip(weights) {
-            put(code, weight);
+    let ahead = Some(std::mem::size_of_val(weights));
+    let bit = |row: usize| 4 * row as u32;
+    let (upper, lower) = weights.split_at(weights.len() / 2);
+    let places = scales.as_chunks_mut().0;
+    let (above, below) = places.split_at_mut(places.len() / 2);
+    let rows = upper.chunks_exact(block).zip(lower.chunks_exact(block));
+    let places = codes
+        .chunks_exact_mut(block)
+        .zip(above.iter_mut().zip(below));
+    for ((upper, lower), (codes, (above, below))) in rows.zip(places) {
+        let scales = [upper, lower].map(|weights| scale_for(S::largest(weights)));
+        (*above, *below) = (scales[0].to_le_bytes(), scales[1].to_le_bytes());
+        if FMA && scales.iter().all(|&scale| Divisor::serves(scale)) {
+            let divisors = scales.map(Divisor::new);
+            put::<S, false, 2>([upper, lower], codes, ahead, bit, |row, weight| {
+                to_int4(divisors[row].divide(weight))
+            });
+        } else {
+            put::<S, false, 2>([upper, lower], codes, ahead, bit, |row, weight| {
+                to_int4(weight / scales[row])
+            });
         }
-    }
-    for (code, &weight) in last.iter_mut().zip(rest) {
-        put(code, weight);
     }
 }
 

@@ -58,11 +58,14 @@ mod plain;
 pub mod quanto;
 #[doc(hidden)]
 pub mod quanto_bits;
+#[doc(hidden)]
+pub mod quanto_groups;
 mod recode;
 #[doc(hidden)]
 pub mod rows8;
 #[doc(hidden)]
 pub mod scaled;
+mod shared_bytes;
 mod span;
 #[doc(hidden)]
 pub mod torchao;
@@ -453,6 +456,13 @@ pub trait Format: Sync + Send {
         )))
     }
 
+    /// The error of formats that find weights that are not finite; the engine, which knows where they are, has
+    /// a better one.
+    fn not_finite(&self) -> Error {
+        let name = self.info().name;
+        Error::format(format!("{name}: weights are not finite"))
+    }
+
     /// Fails if tensors cannot be encoded with these parameters, whatever their shape.
     fn check_encodes(&self, params: &Params) -> Result<()> {
         self.info().check_encodes(params)
@@ -550,6 +560,12 @@ pub trait Format: Sync + Send {
     /// The type of weights that are stored as they are, one after the other.
     fn plain(&self) -> Option<Dtype> {
         None
+    }
+
+    /// Whether [`Format::measure`] fails for weights that are not finite, or [`Format::encode`] where there is
+    /// one pass, so that nobody has to look for them first. It is cheap where a largest magnitude is at hand.
+    fn finds_nonfinite(&self) -> bool {
+        false
     }
 
     /// What happens to weights that are not finite.

@@ -36,9 +36,9 @@
 //!
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
-use super::rows8::{self, shortened, Divisor, TO_WHOLE};
+use super::quanto_groups::{self, Groups, Sharing};
+use super::rows8::{self, shortened};
 use super::scaled::read_scale;
-use super::weights::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
     Span, Weights,
@@ -82,11 +82,6 @@ impl QuantoBits {
     /// Codes in a byte.
     fn parts(&self) -> u64 {
         u64::from(8 / self.bits)
-    }
-
-    /// The largest code.
-    fn most(&self) -> f32 {
-        f32::from((1u8 << self.bits) - 1)
     }
 
     fn sizes(&self, shape: &[u64], params: &Params) -> Result<Sizes> {
@@ -182,14 +177,24 @@ impl Sizes {
         self.dtype.alignment()
     }
 
+    /// Groups of `weights` weights, each with a code of `bits` bits.
+    fn groups(&self, bits: u32, weights: u64) -> Result<Groups> {
+        Ok(Groups {
+            dtype: self.dtype,
+            bits,
+            size: shape::to_usize(weights)?,
+        })
+    }
+
     /// The shift that is stored.
     fn stored_shift(&self, scale: f32, shift: f32) -> f32 {
         if !self.is_through_middle {
             return shift;
         }
-        let half = rows8::round_to(self.dtype, 8.0 * scale);
-        let middle = rows8::round_to(self.dtype, -shift + half);
-        rows8::round_to(self.dtype, half - middle)
+        // In BF16, as is said where it is decided.
+        let half = shortened::<16>(8.0 * scale);
+        let middle = shortened::<16>(half - shift);
+        shortened::<16>(half - middle)
     }
 
     /// Scale and shift number `number` of the statistics.
@@ -305,32 +310,21 @@ impl Format for QuantoBits {
         statistics: &mut [u8],
     ) -> Result<()> {
         let sizes = self.sizes_of(layout)?;
-        let (count, pair) = (
-            shape::to_usize(sizes.scaled)?,
-            shape::to_usize(sizes.scale_bytes() * 2)?,
-        );
-        let groups = weights
-            .chunks_exact(count)
-            .zip(statistics.chunks_exact_mut(pair));
+        let groups = sizes.groups(self.bits, sizes.scaled)?;
         let level = kernels::level();
-        for (number, (weights, place)) in groups.enumerate() {
-            let (least, greatest) = kernels::range(level, weights);
-            let range = rows8::round_to(sizes.dtype, greatest - least);
-            if range.is_infinite() {
-                let index = first + (number * count) as u64;
-                let index = self.fold(layout).map_or(index, |fold| fold.weight(index));
-                return Err(Error::format(format!(
-                    "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that {} does not hold",
-                    self.info.name,
-                    index + sizes.scaled,
-                    sizes.dtype
-                )));
-            }
-            let (scale_place, shift_place) = place.split_at_mut(pair / 2);
-            rows8::put_number(sizes.dtype, range / self.most(), scale_place);
-            rows8::put_number(sizes.dtype, -least, shift_place);
-        }
-        Ok(())
+        let Some(number) = quanto_groups::measure(level, groups, weights, statistics) else {
+            return Ok(());
+        };
+        let (_, rest) = weights.split_at(number * groups.size);
+        let (least, greatest) = rest.split_at(groups.size).0.range();
+        let index = first + number as u64 * sizes.scaled;
+        let index = self.fold(layout).map_or(index, |fold| fold.weight(index));
+        Err(Error::format(format!(
+            "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that {} does not hold",
+            self.info.name,
+            index + sizes.scaled,
+            sizes.dtype
+        )))
     }
 
     fn encode(
@@ -348,35 +342,25 @@ impl Format for QuantoBits {
             return Ok(());
         }
         let (fold, number) = (self.fold(layout), first / sizes.group);
-        let group = shape::to_usize(sizes.group)?;
-        let (level, most) = (kernels::level(), self.most());
-        let put = |index: u64, bit, weights: Weights<'_>, codes: &mut [u8]| {
-            let (scale, shift) = sizes.read(statistics, number + index)?;
-            let bits = Bits {
-                bit,
-                most,
-                scale,
-                shift,
-            };
-            kernels::put_bits(level, sizes.dtype, bits, weights, codes);
-            Ok(())
-        };
-        let mut groups = (0..).zip(weights.chunks_exact(group));
+        let groups = sizes.groups(self.bits, sizes.group)?;
+        let level = kernels::level();
+        let start = shape::to_usize(number * 2 * sizes.scale_bytes())?;
+        let pairs = statistics.get(start..).ok_or_else(cut_short)?;
         if fold.is_some() {
-            // Neighbours in this order share their bytes.
-            for codes in codes.chunks_exact_mut(group) {
-                let shared = groups.by_ref().take(self.parts() as usize);
-                for (part, (index, weights)) in (0..).zip(shared) {
-                    put(index, part * self.bits, weights, codes)?;
-                }
-            }
+            let sharing = Sharing::Neighbours;
+            quanto_groups::encode(level, groups, sharing, weights, pairs, codes);
             return Ok(());
         }
-        for (index, weights) in groups {
+        codes.fill(0);
+        let pairs = pairs.chunks(shape::to_usize(2 * sizes.scale_bytes())?);
+        for ((index, weights), pair) in (0..).zip(weights.chunks_exact(groups.size)).zip(pairs) {
             let (row, bit) = self.place(fold, &sizes, number, index);
-            let start = shape::to_usize(row)? * group;
-            let codes = codes.get_mut(start..start + group).ok_or_else(cut_short)?;
-            put(index, bit, weights, codes)?;
+            let start = shape::to_usize(row)? * groups.size;
+            let codes = codes
+                .get_mut(start..start + groups.size)
+                .ok_or_else(cut_short)?;
+            let sharing = Sharing::Others(bit);
+            quanto_groups::encode(level, groups, sharing, weights, pair, codes);
         }
         Ok(())
     }
@@ -463,16 +447,19 @@ impl Format for QuantoBits {
         let fold = self.fold(layout);
         let mut scales = vec![0; shape::to_usize(sizes.scales)? * bytes];
         let mut shifts = scales.clone();
-        for number in 0..sizes.scales {
-            let (scale, shift) = sizes.read(statistics, number)?;
+        let pairs = statistics.chunks_exact(2 * bytes);
+        for (number, pair) in (0..sizes.scales).zip(pairs) {
+            let (scale, shift) = pair.split_at(bytes);
             let place = fold.map_or(number, |fold| fold.row(number));
             let place = shape::to_usize(place)? * bytes;
-            for (array, value) in [
-                (&mut scales, scale),
-                (&mut shifts, sizes.stored_shift(scale, shift)),
-            ] {
-                let place = array.get_mut(place..place + bytes).ok_or_else(cut_short)?;
-                rows8::put_number(sizes.dtype, value, place);
+            let place = place..place + bytes;
+            let stored = scales.get_mut(place.clone()).ok_or_else(cut_short)?;
+            stored.copy_from_slice(scale);
+            let stored = shifts.get_mut(place).ok_or_else(cut_short)?;
+            stored.copy_from_slice(shift);
+            if sizes.is_through_middle {
+                let [scale, shift] = [scale, shift].map(|bytes| read_scale(sizes.dtype, bytes));
+                rows8::put_number(sizes.dtype, sizes.stored_shift(scale, shift), stored);
             }
         }
         whole.extend([(1, scales), (2, shifts)]);
@@ -487,143 +474,5 @@ impl QuantoBits {
         for (weight, code) in weights.iter_mut().zip(codes) {
             *weight = f32::from(code >> bit & mask) * scale - shift;
         }
-    }
-}
-
-/// The least and the greatest of some weights.
-#[inline(always)]
-pub(crate) fn range_body(weights: Weights<'_>) -> (f32, f32) {
-    for_stored!(weights, |weights: Type| range_of::<Type>(weights))
-}
-
-#[inline(always)]
-fn range_of<S: Stored>(weights: &[S::Bytes]) -> (f32, f32) {
-    let lower = |a: f32, b: f32| if b < a { b } else { a };
-    let higher = |a: f32, b: f32| if b > a { b } else { a };
-    // Several at a time, so that one comparison does not wait for the other.
-    let (runs, rest) = weights.as_chunks::<16>();
-    let (mut least, mut greatest) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
-    for run in runs {
-        for (least, &weight) in least.iter_mut().zip(run) {
-            *least = lower(*least, S::value(weight));
-        }
-        for (greatest, &weight) in greatest.iter_mut().zip(run) {
-            *greatest = higher(*greatest, S::value(weight));
-        }
-    }
-    for width in [8, 4, 2, 1] {
-        let (low, high) = least.split_at_mut(width);
-        for (a, &b) in low.iter_mut().zip(&*high) {
-            *a = lower(*a, b);
-        }
-        let (low, high) = greatest.split_at_mut(width);
-        for (a, &b) in low.iter_mut().zip(&*high) {
-            *a = higher(*a, b);
-        }
-    }
-    (
-        rest.iter()
-            .map(|&weight| S::value(weight))
-            .fold(least[0], lower),
-        rest.iter()
-            .map(|&weight| S::value(weight))
-            .fold(greatest[0], higher),
-    )
-}
-
-/// The nearest whole number up to `most`, ties to even; 0 for what is no number.
-#[inline(always)]
-fn nearest(value: f32, most: f32) -> u8 {
-    (value.max(0.0).min(most) + TO_WHOLE).to_bits() as u8
-}
-
-/// How weights become codes of a group, and where these go.
-#[derive(Debug, Clone, Copy)]
-pub struct Bits {
-    /// First bit of a code in its byte.
-    pub bit: u32,
-    /// The largest code.
-    pub most: f32,
-    /// What is added to a weight, and what the sum is divided by.
-    pub shift: f32,
-    pub scale: f32,
-}
-
-/// Codes of one group, each step rounded to `dtype`. With `FMA` as [`rows8::encode_body`].
-#[inline(always)]
-pub(crate) fn put_body<const FMA: bool>(
-    dtype: Dtype,
-    bits: Bits,
-    weights: Weights<'_>,
-    codes: &mut [u8],
-) {
-    for_stored!(weights, |weights: Type| put_of::<Type, FMA>(
-        dtype, bits, weights, codes
-    ));
-}
-
-#[inline(always)]
-fn put_of<S: Stored, const FMA: bool>(
-    dtype: Dtype,
-    bits: Bits,
-    weights: &[S::Bytes],
-    codes: &mut [u8],
-) {
-    if FMA && Divisor::serves(bits.scale) {
-        let divisor = Divisor::new(bits.scale);
-        rounded::<S>(dtype, bits, weights, codes, |sum| divisor.divide(sum));
-    } else {
-        rounded::<S>(dtype, bits, weights, codes, |sum| sum / bits.scale);
-    }
-}
-
-#[inline(always)]
-fn rounded<S: Stored>(
-    dtype: Dtype,
-    bits: Bits,
-    weights: &[S::Bytes],
-    codes: &mut [u8],
-    divide: impl Fn(f32) -> f32,
-) {
-    let Bits {
-        bit, most, shift, ..
-    } = bits;
-    match dtype {
-        Dtype::BF16 => put::<S>(codes, weights, bit, |weight| {
-            nearest(
-                shortened::<16>(divide(shortened::<16>(weight + shift))),
-                most,
-            )
-        }),
-        Dtype::F16 => put::<S>(codes, weights, bit, |weight| {
-            nearest(
-                shortened::<13>(divide(shortened::<13>(weight + shift))),
-                most,
-            )
-        }),
-        _ => put::<S>(codes, weights, bit, |weight| {
-            nearest(divide(weight + shift), most)
-        }),
-    }
-}
-
-/// Puts a code for each weight to bit `bit` of its byte; those of bit 0 clear the rest of it.
-#[inline(always)]
-fn put<S: Stored>(codes: &mut [u8], weights: &[S::Bytes], bit: u32, code: impl Fn(f32) -> u8) {
-    let kept = if bit == 0 { 0 } else { 0xff };
-    // Runs of a fixed length, so that bytes are put together from whole vectors.
-    let (runs, rest) = weights.as_chunks::<32>();
-    let (places, last) = codes.as_chunks_mut::<32>();
-    for (weights, places) in runs.iter().zip(places) {
-        let mut found = [0; 32];
-        for (found, &weight) in found.iter_mut().zip(weights) {
-            *found = code(S::value(weight));
-        }
-        for (place, found) in places.iter_mut().zip(found) {
-            *place = *place & kept | found << bit;
-        }
-    }
-    for (place, &weight) in last.iter_mut().zip(rest) {
-        *place = *place & kept | code(S::value(weight)) << bit;
     }
 }

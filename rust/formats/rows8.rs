@@ -163,12 +163,14 @@ pub(crate) fn encode_body<const FMA: bool>(
     weights: Weights<'_>,
     codes: &mut [u8],
 ) {
-    for_stored!(weights, |weights: Type| encode_of::<Type, FMA>(
-        kind, scaling, factor, weights, codes
-    ));
+    for_stored!(weights, |weights: Type| {
+        // The next row is asked for while this one is encoded.
+        let ahead = Some(std::mem::size_of_val(weights));
+        encode_of::<Type, FMA>(kind, scaling, factor, weights, codes, ahead);
+    });
 }
 
-/// As [`encode_body`], for weights of one type.
+/// As [`encode_body`], for weights of one type. `ahead` bytes behind each lies one that will be asked for soon.
 #[inline(always)]
 pub(super) fn encode_of<S: Stored, const FMA: bool>(
     kind: Codes,
@@ -176,12 +178,13 @@ pub(super) fn encode_of<S: Stored, const FMA: bool>(
     factor: f32,
     weights: &[S::Bytes],
     codes: &mut [u8],
+    ahead: Option<usize>,
 ) {
     match kind {
-        Codes::Int8 => scaled::<S, FMA>(scaling, factor, weights, codes, |value, _| {
+        Codes::Int8 => scaled::<S, FMA>(scaling, factor, weights, codes, ahead, |value, _| {
             nearest_whole(value, -128.0, 127.0)
         }),
-        Codes::E4m3 => scaled::<S, FMA>(scaling, factor, weights, codes, |value, weight| {
+        Codes::E4m3 => scaled::<S, FMA>(scaling, factor, weights, codes, ahead, |value, weight| {
             to_e4m3(value.copysign(weight))
         }),
     }
@@ -194,20 +197,23 @@ fn scaled<S: Stored, const FMA: bool>(
     factor: f32,
     weights: &[S::Bytes],
     codes: &mut [u8],
+    ahead: Option<usize>,
     nearest: impl Fn(f32, f32) -> u8,
 ) {
     match scaling {
-        Scaling::Product => {
-            each::<S, 64>(weights, codes, |weight| nearest(weight * factor, weight))
-        }
+        Scaling::Product => each::<S, 64>(weights, codes, ahead, |weight| {
+            nearest(weight * factor, weight)
+        }),
         Scaling::Quotient(dtype) if FMA && Divisor::serves(factor) => {
             let divisor = Divisor::new(factor);
-            quotients::<S>(dtype, weights, codes, nearest, |weight| {
+            quotients::<S>(dtype, weights, codes, ahead, nearest, |weight| {
                 divisor.divide(weight)
             });
         }
         Scaling::Quotient(dtype) => {
-            quotients::<S>(dtype, weights, codes, nearest, |weight| weight / factor);
+            quotients::<S>(dtype, weights, codes, ahead, nearest, |weight| {
+                weight / factor
+            });
         }
     }
 }
@@ -217,17 +223,20 @@ fn quotients<S: Stored>(
     dtype: Dtype,
     weights: &[S::Bytes],
     codes: &mut [u8],
+    ahead: Option<usize>,
     nearest: impl Fn(f32, f32) -> u8,
     divide: impl Fn(f32) -> f32,
 ) {
     match dtype {
-        Dtype::F16 => each::<S, 64>(weights, codes, |weight| {
+        Dtype::F16 => each::<S, 64>(weights, codes, ahead, |weight| {
             nearest(shortened::<13>(divide(weight)), weight)
         }),
-        Dtype::BF16 => each::<S, 64>(weights, codes, |weight| {
+        Dtype::BF16 => each::<S, 64>(weights, codes, ahead, |weight| {
             nearest(shortened::<16>(divide(weight)), weight)
         }),
-        _ => each::<S, 64>(weights, codes, |weight| nearest(divide(weight), weight)),
+        _ => each::<S, 64>(weights, codes, ahead, |weight| {
+            nearest(divide(weight), weight)
+        }),
     }
 }
 
@@ -271,14 +280,16 @@ impl Divisor {
 fn each<S: Stored, const RUN: usize>(
     weights: &[S::Bytes],
     codes: &mut [u8],
+    ahead: Option<usize>,
     code: impl Fn(f32) -> u8,
 ) {
     // Runs of a fixed length, so that bytes are put together from whole vectors.
     let (runs, rest) = weights.as_chunks::<RUN>();
     let (places, last) = codes.as_chunks_mut::<RUN>();
-    let ahead = std::mem::size_of_val(weights);
     for (weights, places) in runs.iter().zip(places) {
-        kernels::ahead(weights, ahead);
+        if let Some(ahead) = ahead {
+            kernels::ahead(weights, ahead);
+        }
         for (place, &weight) in places.iter_mut().zip(weights) {
             *place = code(S::value(weight));
         }
@@ -328,6 +339,7 @@ fn groups<S: Stored, const DROPPED: u32, const WIDTH: usize>(
     bytes: impl Fn(f32) -> [u8; WIDTH],
 ) {
     let (size, low, high) = (grouping.size.max(1), grouping.low, grouping.high);
+    let ahead = Some(std::mem::size_of_val(weights));
     let groups = weights
         .chunks(size)
         .zip(codes.chunks_mut(size))
@@ -339,8 +351,8 @@ fn groups<S: Stored, const DROPPED: u32, const WIDTH: usize>(
         let code = |weight| nearest_whole(shortened::<DROPPED>(weight * factor), low, high);
         // The usual sizes of groups are multiples of one of these.
         match size.is_multiple_of(64) {
-            true => each::<S, 64>(weights, codes, code),
-            false => each::<S, 32>(weights, codes, code),
+            true => each::<S, 64>(weights, codes, ahead, code),
+            false => each::<S, 32>(weights, codes, ahead, code),
         }
     }
 }

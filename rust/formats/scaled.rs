@@ -33,6 +33,7 @@
 //! `fp8:tensor` are what compressed-tensors and others store, and are decoded only.
 
 use super::rows8::{self, Codes, Scaling};
+use super::weights::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
     Weights,
@@ -44,7 +45,7 @@ use crate::{kernels, shape};
 
 /// Rows and columns that share a scale, where blocks do.
 const BLOCK: u64 = 128;
-/// Weights whose largest magnitude is one statistic, in formats with one scale.
+/// Weights that have a place for a largest magnitude, in formats with one scale.
 pub(super) const RUN: u64 = 256;
 /// What such formats collect in their first pass, by [`put_magnitudes`].
 pub(super) const MAGNITUDES: Span = Span::Blocks {
@@ -199,20 +200,101 @@ impl Scaled {
         }
     }
 
-    /// Codes of weights that share a scale; `by` is the second part of [`Scaled::scale`].
-    fn encode_run(&self, dtype: Dtype, by: f32, weights: Weights<'_>, codes: &mut [u8]) {
-        let scaling = match (self.recipe, self.codes, self.share) {
+    fn scaling(&self, dtype: Dtype) -> Scaling {
+        match (self.recipe, self.codes, self.share) {
             (Recipe::Reciprocal, ..) => Scaling::Product,
             // One scale for a tensor divides in the type of the weights.
             (Recipe::Quotient, Codes::E4m3, Share::Tensor) => Scaling::Quotient(dtype),
             (Recipe::Quotient, ..) => Scaling::Quotient(Dtype::F32),
-        };
-        rows8::encode(kernels::level(), self.codes, scaling, by, weights, codes);
+        }
+    }
+
+    /// Codes of weights that share a scale; `by` is the second part of [`Scaled::scale`].
+    fn encode_run(&self, dtype: Dtype, by: f32, weights: Weights<'_>, codes: &mut [u8]) {
+        let (level, scaling) = (kernels::level(), self.scaling(dtype));
+        rows8::encode(level, self.codes, scaling, by, weights, codes);
     }
 
     fn decode_run(&self, scale: f32, codes: &[u8], weights: &mut [f32]) {
         rows8::decode(kernels::level(), self.codes, 0, scale, codes, weights);
     }
+}
+
+/// Squares of a matrix that share a scale each.
+#[derive(Debug, Clone, Copy)]
+pub struct Squares {
+    /// The type of the weights.
+    pub dtype: Dtype,
+    /// Rows and columns of a square, but for those at the edges.
+    pub size: usize,
+    /// Columns of the matrix.
+    pub columns: usize,
+}
+
+/// Codes and scales of a row of squares; whether all weights are finite. With `FMA` as [`rows8::encode_body`].
+#[inline(always)]
+pub(crate) fn encode_squares_body<const FMA: bool>(
+    format: &Scaled,
+    squares: Squares,
+    weights: Weights<'_>,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
+    for_stored!(weights, |weights: Type| encode_squares_of::<Type, FMA>(
+        format, squares, weights, codes, scales
+    ))
+}
+
+#[inline(always)]
+fn encode_squares_of<S: Stored, const FMA: bool>(
+    format: &Scaled,
+    squares: Squares,
+    weights: &[S::Bytes],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
+    /// Squares are taken side by side up to this width, so that what is read at a time stays in a cache.
+    const STRIP: usize = 512;
+    let Squares { size, columns, .. } = squares;
+    let (kind, scaling) = (format.codes, format.scaling(squares.dtype));
+    let width = size.max(STRIP / size * size).min(columns).max(1);
+    let ahead = Some(width * std::mem::size_of::<S::Bytes>());
+    let mut sizes = vec![S::Size::default(); width];
+    let mut factors = vec![0f32; width.div_ceil(size)];
+    let mut places = scales.as_chunks_mut().0.iter_mut();
+    let mut is_finite = true;
+    for start in (0..columns).step_by(width) {
+        let strip = start..columns.min(start + width);
+        let sizes = sizes.get_mut(..strip.len()).unwrap_or_default();
+        sizes.fill(S::Size::default());
+        for row in weights.chunks_exact(columns) {
+            let row = row.get(strip.clone()).unwrap_or_default();
+            for (most, &weight) in sizes.iter_mut().zip(row) {
+                *most = S::size(weight).max(*most);
+            }
+        }
+        let found = sizes.chunks(size).zip(&mut factors).zip(&mut places);
+        for ((sizes, factor), place) in found {
+            let most = sizes.iter().copied().fold(S::Size::default(), Ord::max);
+            let most = S::of_size(most);
+            is_finite &= most.is_finite();
+            let scale;
+            (scale, *factor) = format.scale(most, squares.dtype);
+            *place = scale.to_le_bytes();
+        }
+        let rows = weights
+            .chunks_exact(columns)
+            .zip(codes.chunks_exact_mut(columns));
+        for (row, codes) in rows {
+            let row = row.get(strip.clone()).unwrap_or_default();
+            let codes = codes.get_mut(strip.clone()).unwrap_or_default();
+            let runs = row.chunks(size).zip(codes.chunks_mut(size)).zip(&factors);
+            for ((weights, codes), &by) in runs {
+                rows8::encode_of::<S, FMA>(kind, scaling, by, weights, codes, ahead);
+            }
+        }
+    }
+    is_finite
 }
 
 impl Format for Scaled {
@@ -301,8 +383,10 @@ impl Format for Scaled {
         weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
-        put_magnitudes(weights, statistics);
-        Ok(())
+        match put_magnitudes(weights, statistics) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
@@ -337,28 +421,18 @@ impl Format for Scaled {
             Share::Block { .. } => {
                 let size = self.block(layout)?;
                 let unit = shape::to_usize(layout.unit_weights)?.max(1);
-                let (columns, across) = (unit / size, (unit / size).div_ceil(size));
-                let mut factors = vec![0.0f32; across];
+                let columns = unit / size;
+                let squares = Squares {
+                    dtype,
+                    size,
+                    columns,
+                };
                 let units = weights.chunks(unit).zip(codes.chunks_mut(unit));
-                for ((weights, codes), scales) in units.zip(scales.chunks_exact_mut(across * 4)) {
-                    factors.fill(0.0);
-                    for row in weights.chunks_exact(columns) {
-                        for (most, run) in factors.iter_mut().zip(row.chunks(size)) {
-                            *most = rows8::largest(kernels::level(), run).max(*most);
-                        }
-                    }
-                    for (factor, place) in factors.iter_mut().zip(scales.as_chunks_mut().0) {
-                        let (scale, by) = self.scale(*factor, dtype);
-                        (*factor, *place) = (by, scale.to_le_bytes());
-                    }
-                    let rows = weights
-                        .chunks_exact(columns)
-                        .zip(codes.chunks_exact_mut(columns));
-                    for (weights, codes) in rows {
-                        let runs = weights.chunks(size).zip(codes.chunks_mut(size));
-                        for ((weights, codes), &by) in runs.zip(&factors) {
-                            self.encode_run(dtype, by, weights, codes);
-                        }
+                let scales = scales.chunks_exact_mut(columns.div_ceil(size) * 4);
+                for ((weights, codes), scales) in units.zip(scales) {
+                    let level = kernels::level();
+                    if !kernels::encode_squares(level, self, squares, weights, codes, scales) {
+                        return Err(self.not_finite());
                     }
                 }
             }
@@ -418,6 +492,10 @@ impl Format for Scaled {
             Share::Tensor => vec![(1, layout.params.tensor_scale.to_le_bytes().to_vec())],
             Share::Row { .. } | Share::Block { .. } => Vec::new(),
         })
+    }
+
+    fn finds_nonfinite(&self) -> bool {
+        !matches!(self.share, Share::Row { .. })
     }
 
     fn takes_stored(&self) -> bool {
@@ -486,14 +564,16 @@ pub(super) fn least_normal(dtype: Dtype) -> f32 {
     }
 }
 
-/// Largest magnitude of every [`RUN`] weights.
-pub(super) fn put_magnitudes(weights: Weights<'_>, statistics: &mut [u8]) {
-    for (run, place) in weights
-        .chunks(RUN as usize)
-        .zip(statistics.as_chunks_mut().0)
-    {
-        *place = rows8::largest(kernels::level(), run).to_le_bytes();
+/// Largest magnitude of the weights, as the first of as many numbers as they have runs; the others are 0.
+/// Gives whether it is finite.
+pub(super) fn put_magnitudes(weights: Weights<'_>, statistics: &mut [u8]) -> bool {
+    let largest = rows8::largest(kernels::level(), weights);
+    let (first, others) = statistics.split_at_mut(statistics.len().min(4));
+    others.fill(0);
+    if let Some(place) = first.first_chunk_mut() {
+        *place = largest.to_le_bytes();
     }
+    largest.is_finite()
 }
 
 /// The largest of what [`put_magnitudes`] wrote for one more tensor and of what `joined` holds, in its place.

@@ -206,8 +206,10 @@ impl Format for TorchAo {
         weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
-        scaled::put_magnitudes(weights, statistics);
-        Ok(())
+        match scaled::put_magnitudes(weights, statistics) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
@@ -294,6 +296,10 @@ impl Format for TorchAo {
 
     fn tensor_scale(&self) -> Option<usize> {
         (self.kind == Kind::Float8Tensor).then_some(1)
+    }
+
+    fn finds_nonfinite(&self) -> bool {
+        self.kind == Kind::Float8Tensor
     }
 
     fn takes_stored(&self) -> bool {

@@ -206,8 +206,10 @@ impl Format for Swizzled {
         weights: Weights<'_>,
         statistics: &mut [u8],
     ) -> Result<()> {
-        put_magnitudes(weights, statistics);
-        Ok(())
+        match put_magnitudes(weights, statistics) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
     }
 
     fn settle(&self, layout: &mut Layout, statistics: &mut [u8]) -> Result<()> {
@@ -237,7 +239,9 @@ impl Format for Swizzled {
                 .chunks_exact(sizes.row_weights)
                 .zip(codes.chunks_exact_mut(sizes.row_codes));
             for (row, (weights, codes)) in rows.enumerate() {
-                encode_row(level, self.kind, tensor_scale, row, weights, codes, scales);
+                if !encode_row(level, self.kind, tensor_scale, row, weights, codes, scales) {
+                    return Err(self.not_finite());
+                }
             }
         }
         Ok(())
@@ -267,6 +271,10 @@ impl Format for Swizzled {
             }
         }
         Ok(())
+    }
+
+    fn finds_nonfinite(&self) -> bool {
+        true
     }
 
     fn takes_stored(&self) -> bool {
@@ -317,7 +325,8 @@ fn places(row: usize) -> impl Iterator<Item = usize> {
     (0..).map(move |block| block / 4 * 512 + first + block % 4)
 }
 
-/// Encodes row `row` of a row of tiles: all its codes, and its part of the scales of the tiles.
+/// Encodes row `row` of a row of tiles: all its codes, and its part of the scales of the tiles. Gives whether
+/// the weights are finite, for formats that have not gone over them before.
 pub fn encode_row(
     level: Level,
     kind: Kind,
@@ -326,7 +335,7 @@ pub fn encode_row(
     weights: Weights<'_>,
     codes: &mut [u8],
     scales: &mut [u8],
-) {
+) -> bool {
     let (block, bytes) = kind.sizes();
     let rule = match kind {
         Kind::NvFp4 => Rule::TorchAoNvFp4 { tensor_scale },
@@ -339,6 +348,9 @@ pub fn encode_row(
         .chunks(block * RUN_BLOCKS)
         .zip(codes.chunks_mut(bytes * RUN_BLOCKS));
     for (weights, codes) in runs {
+        if kind != Kind::NvFp4 && weights.first_nonfinite(level).is_some() {
+            return false;
+        }
         fp4_blocks::encode(level, rule, weights, codes, &mut run);
         let count = weights.len() / block;
         for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
@@ -347,6 +359,7 @@ pub fn encode_row(
             }
         }
     }
+    true
 }
 
 /// Decodes row `row` of a row of tiles.

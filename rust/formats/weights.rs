@@ -19,6 +19,27 @@ pub enum Weights<'a> {
     BF16(&'a [[u8; 2]]),
 }
 
+/// Calls a function for the type that weights are stored in.
+macro_rules! for_stored {
+    ($weights:expr, |$slice:ident: $stored:ident| $call:expr) => {
+        match $weights {
+            $crate::formats::Weights::F32($slice) => {
+                type $stored = $crate::formats::weights::Single;
+                $call
+            }
+            $crate::formats::Weights::F16($slice) => {
+                type $stored = $crate::formats::weights::Half;
+                $call
+            }
+            $crate::formats::Weights::BF16($slice) => {
+                type $stored = $crate::formats::weights::Brain;
+                $call
+            }
+        }
+    };
+}
+pub(crate) use for_stored;
+
 /// Does the same to the slice of any type of weights.
 macro_rules! each_type {
     ($weights:expr, $slice:ident => $made:expr) => {
@@ -103,6 +124,12 @@ impl<'a> Weights<'a> {
         .unwrap_or_default()
     }
 
+    /// The least and the greatest; infinities if there are none.
+    #[inline(always)]
+    pub fn range(self) -> (f32, f32) {
+        for_stored!(self, |weights: Type| Type::range(weights))
+    }
+
     /// The slice of numbers, for formats that do not say [`super::Format::takes_stored`].
     pub fn floats(self) -> Result<&'a [f32]> {
         match self {
@@ -130,17 +157,15 @@ impl<'a> Weights<'a> {
     /// Index of the first weight that is infinite or NaN.
     pub fn first_nonfinite(&self, level: Level) -> Option<usize> {
         const RUN: usize = 4096;
-        let (bytes, infinity) = match self {
-            Weights::F32(weights) => return kernels::first_nonfinite(level, weights),
-            Weights::F16(bytes) => (bytes, f16::INFINITY.to_bits()),
-            Weights::BF16(bytes) => (bytes, bf16::INFINITY.to_bits()),
-        };
-        let is_infinite = |bytes: &[u8; 2]| u16::from_le_bytes(*bytes) & 0x7fff >= infinity;
-        bytes.chunks(RUN).enumerate().find_map(|(number, run)| {
-            (kernels::most_bits16(level, run) >= infinity)
-                .then(|| run.iter().position(is_infinite))
-                .flatten()
-                .map(|index| number * RUN + index)
+        if let Weights::F32(weights) = self {
+            return kernels::first_nonfinite(level, weights);
+        }
+        self.chunks(RUN).enumerate().find_map(|(number, run)| {
+            if kernels::largest_weight(level, run).is_finite() {
+                return None;
+            }
+            let index = (0..run.len()).find(|&index| !run.get(index).is_finite())?;
+            Some(number * RUN + index)
         })
     }
 }
@@ -149,12 +174,41 @@ impl<'a> Weights<'a> {
 pub(crate) trait Stored {
     /// One weight in memory.
     type Bytes: Copy;
+    /// A magnitude, ordered as the numbers are: bits, positive as a signed number.
+    type Size: Copy + Ord + Default;
 
     /// Its value, if it is finite.
     fn value(bytes: Self::Bytes) -> f32;
 
-    /// The largest magnitude of finite weights.
-    fn largest(weights: &[Self::Bytes]) -> f32;
+    /// Its magnitude.
+    fn size(bytes: Self::Bytes) -> Self::Size;
+
+    /// The magnitude as a number; not a finite one if it is not.
+    fn of_size(size: Self::Size) -> f32;
+
+    /// The largest magnitude.
+    #[inline(always)]
+    fn largest_size(weights: &[Self::Bytes]) -> Self::Size {
+        let sizes = weights.iter().map(|&bytes| Self::size(bytes));
+        sizes.fold(Self::Size::default(), Ord::max)
+    }
+
+    /// The largest magnitude as a number.
+    #[inline(always)]
+    fn largest(weights: &[Self::Bytes]) -> f32 {
+        /// What is looked at together, and how many of these lie between that and what is asked for.
+        const RUN: usize = 256;
+        const AHEAD: usize = 4;
+        let (runs, rest) = weights.as_chunks::<RUN>();
+        let largest = runs.iter().fold(Self::largest_size(rest), |largest, run| {
+            kernels::ahead(run, AHEAD * std::mem::size_of_val(run));
+            largest.max(Self::largest_size(run))
+        });
+        Self::of_size(largest)
+    }
+
+    /// The least and the greatest of finite weights; infinities if there are none.
+    fn range(weights: &[Self::Bytes]) -> (f32, f32);
 }
 
 /// [`Stored`] as [`Weights::F32`].
@@ -166,6 +220,7 @@ pub(crate) struct Brain;
 
 impl Stored for Single {
     type Bytes = f32;
+    type Size = i32;
 
     #[inline(always)]
     fn value(weight: f32) -> f32 {
@@ -173,17 +228,50 @@ impl Stored for Single {
     }
 
     #[inline(always)]
-    fn largest(weights: &[f32]) -> f32 {
-        // Bits of magnitudes are positive as signed numbers, and ordered as the magnitudes are.
-        let most = weights.iter().fold(0i32, |most, weight| {
-            most.max((weight.to_bits() & 0x7fff_ffff).cast_signed())
-        });
-        f32::from_bits(most.cast_unsigned())
+    fn size(weight: f32) -> i32 {
+        (weight.to_bits() & 0x7fff_ffff).cast_signed()
+    }
+
+    #[inline(always)]
+    fn of_size(size: i32) -> f32 {
+        f32::from_bits(size.cast_unsigned())
+    }
+
+    #[inline(always)]
+    fn range(weights: &[f32]) -> (f32, f32) {
+        let lower = |a: f32, b: f32| if b < a { b } else { a };
+        let higher = |a: f32, b: f32| if b > a { b } else { a };
+        // Several at a time, so that one comparison does not wait for the other.
+        let (runs, rest) = weights.as_chunks::<16>();
+        let (mut least, mut greatest) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
+        for run in runs {
+            for (least, &weight) in least.iter_mut().zip(run) {
+                *least = lower(*least, weight);
+            }
+            for (greatest, &weight) in greatest.iter_mut().zip(run) {
+                *greatest = higher(*greatest, weight);
+            }
+        }
+        for width in [8, 4, 2, 1] {
+            let (low, high) = least.split_at_mut(width);
+            for (a, &b) in low.iter_mut().zip(&*high) {
+                *a = lower(*a, b);
+            }
+            let (low, high) = greatest.split_at_mut(width);
+            for (a, &b) in low.iter_mut().zip(&*high) {
+                *a = higher(*a, b);
+            }
+        }
+        (
+            rest.iter().copied().fold(least[0], lower),
+            rest.iter().copied().fold(greatest[0], higher),
+        )
     }
 }
 
 impl Stored for Half {
     type Bytes = [u8; 2];
+    type Size = i16;
 
     #[inline(always)]
     fn value(bytes: [u8; 2]) -> f32 {
@@ -194,13 +282,26 @@ impl Stored for Half {
     }
 
     #[inline(always)]
-    fn largest(weights: &[[u8; 2]]) -> f32 {
-        Half::value(most_bits16_body(weights).to_le_bytes())
+    fn size(bytes: [u8; 2]) -> i16 {
+        size16(bytes)
+    }
+
+    #[inline(always)]
+    fn of_size(size: i16) -> f32 {
+        f16::from_bits(size.cast_unsigned()).to_f32()
+    }
+
+    #[inline(always)]
+    fn range(weights: &[[u8; 2]]) -> (f32, f32) {
+        range16(weights).map_or(NO_RANGE, |[least, greatest]| {
+            (Half::value(least), Half::value(greatest))
+        })
     }
 }
 
 impl Stored for Brain {
     type Bytes = [u8; 2];
+    type Size = i16;
 
     #[inline(always)]
     fn value(bytes: [u8; 2]) -> f32 {
@@ -208,42 +309,41 @@ impl Stored for Brain {
     }
 
     #[inline(always)]
-    fn largest(weights: &[[u8; 2]]) -> f32 {
-        Brain::value(most_bits16_body(weights).to_le_bytes())
+    fn size(bytes: [u8; 2]) -> i16 {
+        size16(bytes)
+    }
+
+    #[inline(always)]
+    fn of_size(size: i16) -> f32 {
+        bf16::from_bits(size.cast_unsigned()).to_f32()
+    }
+
+    #[inline(always)]
+    fn range(weights: &[[u8; 2]]) -> (f32, f32) {
+        range16(weights).map_or(NO_RANGE, |[least, greatest]| {
+            (Brain::value(least), Brain::value(greatest))
+        })
     }
 }
 
-/// The largest of the numbers that the lower 15 bits are.
 #[inline(always)]
-pub(crate) fn most_bits16_body(weights: &[[u8; 2]]) -> u16 {
-    weights
-        .iter()
-        .fold(0i16, |most, bytes| {
-            most.max((u16::from_le_bytes(*bytes) & 0x7fff).cast_signed())
-        })
-        .cast_unsigned()
+fn size16(bytes: [u8; 2]) -> i16 {
+    (u16::from_le_bytes(bytes) & 0x7fff).cast_signed()
 }
 
-/// Calls a function for the type that weights are stored in.
-macro_rules! for_stored {
-    ($weights:expr, |$slice:ident: $stored:ident| $call:expr) => {
-        match $weights {
-            $crate::formats::Weights::F32($slice) => {
-                type $stored = $crate::formats::weights::Single;
-                $call
-            }
-            $crate::formats::Weights::F16($slice) => {
-                type $stored = $crate::formats::weights::Half;
-                $call
-            }
-            $crate::formats::Weights::BF16($slice) => {
-                type $stored = $crate::formats::weights::Brain;
-                $call
-            }
-        }
-    };
+/// The range of no weights.
+const NO_RANGE: (f32, f32) = (f32::INFINITY, f32::NEG_INFINITY);
+
+/// The bytes of the least and of the greatest weight, if there is any; -0 is less than 0.
+#[inline(always)]
+fn range16(weights: &[[u8; 2]]) -> Option<[[u8; 2]; 2]> {
+    // Of negative numbers all bits but the sign are turned, so that whole numbers are ordered as they are.
+    let turned = |bits: i16| bits ^ (bits >> 15 & 0x7fff);
+    let order = |bytes: &[u8; 2]| turned(i16::from_le_bytes(*bytes));
+    let least = weights.iter().map(order).fold(i16::MAX, i16::min);
+    let greatest = weights.iter().map(order).fold(i16::MIN, i16::max);
+    (!weights.is_empty()).then(|| [least, greatest].map(|order| turned(order).to_le_bytes()))
 }
-pub(crate) use for_stored;
 
 #[cfg(test)]
 mod tests {

@@ -6,11 +6,17 @@ macro_rules! bodies {
     ($level:ident, $features:literal) => {
         use crate::dtype::Dtype;
         use crate::formats::rows8::{self, Codes, Grouping, Scaling};
-        use crate::formats::{fp4_blocks, int4_rows, quanto_bits, torchao_int4, weights, Weights};
+        use crate::formats::{fp4_blocks, int4_rows, quanto_groups, scaled, torchao_int4, Weights};
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn most_bits16(weights: &[[u8; 2]]) -> u16 {
-            weights::most_bits16_body(weights)
+        pub(in crate::kernels) fn encode_squares(
+            format: &scaled::Scaled,
+            squares: scaled::Squares,
+            weights: Weights<'_>,
+            codes: &mut [u8],
+            scales: &mut [u8],
+        ) -> bool {
+            scaled::encode_squares_body::<true>(format, squares, weights, codes, scales)
         }
 
         #[target_feature(enable = $features)]
@@ -63,28 +69,33 @@ macro_rules! bodies {
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn range(weights: Weights<'_>) -> (f32, f32) {
-            quanto_bits::range_body(weights)
+        pub(in crate::kernels) fn measure_groups(
+            groups: quanto_groups::Groups,
+            weights: Weights<'_>,
+            pairs: &mut [u8],
+        ) -> Option<usize> {
+            quanto_groups::measure_body(groups, weights, pairs)
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn put_bits(
-            dtype: Dtype,
-            bits: quanto_bits::Bits,
+        pub(in crate::kernels) fn encode_shared_groups(
+            groups: quanto_groups::Groups,
+            sharing: quanto_groups::Sharing,
             weights: Weights<'_>,
+            pairs: &[u8],
             codes: &mut [u8],
         ) {
-            quanto_bits::put_body::<true>(dtype, bits, weights, codes);
+            quanto_groups::encode_body::<true>(groups, sharing, weights, pairs, codes);
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn put_int4(
-            shift: u32,
-            scale: f32,
+        pub(in crate::kernels) fn encode_int4_rows(
+            block: usize,
             weights: Weights<'_>,
             codes: &mut [u8],
+            scales: &mut [u8],
         ) {
-            int4_rows::put_body::<true>(shift, scale, weights, codes);
+            int4_rows::encode_body::<true>(block, weights, codes, scales);
         }
 
         #[target_feature(enable = $features)]

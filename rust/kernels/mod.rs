@@ -29,7 +29,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 use std::sync::OnceLock;
 
 use crate::formats::{
-    e2m1, fp4_blocks, int4_rows, quanto_bits, rows8, torchao_int4, weights, Weights,
+    e2m1, fp4_blocks, int4_rows, quanto_groups, rows8, scaled, torchao_int4, Weights,
 };
 
 /// An instruction set that this processor has. Values other than [`Level::SCALAR`] come from
@@ -171,8 +171,6 @@ offers! {
     /// Weights of an int8 row: (code·scale)·factor; gives the number of weights done.
     fn decode_int8 [avx2 avx512] (codes: &[u8], scale: f32, factor: f32, weights: &mut [f32])
         -> usize = 0;
-    /// `weights::most_bits16_body`, compiled for each level.
-    fn most_bits16 [avx2 avx512] (weights: &[[u8; 2]]) -> u16 = weights::most_bits16_body(weights);
     /// `rows8::largest`, `rows8::encode` and `rows8::decode`, whose bodies are compiled for each level.
     fn largest_weight [avx2 avx512] (weights: Weights<'_>) -> f32 = rows8::largest_body(weights);
     fn encode_row8 [avx2 avx512] (
@@ -204,16 +202,34 @@ offers! {
         zeros: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
-    /// Parts of the encoders of `quanto_bits` and `int4_rows`, likewise.
-    fn range [avx2 avx512] (weights: Weights<'_>) -> (f32, f32) = quanto_bits::range_body(weights);
-    fn put_bits [avx2 avx512] (
-        dtype: crate::dtype::Dtype,
-        bits: quanto_bits::Bits,
+    /// The encoder of `scaled` for squares of a matrix, likewise.
+    fn encode_squares [avx2 avx512] (
+        format: &scaled::Scaled,
+        squares: scaled::Squares,
         weights: Weights<'_>,
         codes: &mut [u8],
-    ) -> () = quanto_bits::put_body::<false>(dtype, bits, weights, codes);
-    fn put_int4 [avx2 avx512] (shift: u32, scale: f32, weights: Weights<'_>, codes: &mut [u8]) -> ()
-        = int4_rows::put_body::<false>(shift, scale, weights, codes);
+        scales: &mut [u8],
+    ) -> bool = scaled::encode_squares_body::<false>(format, squares, weights, codes, scales);
+    /// `quanto_groups::measure` and `quanto_groups::encode`, likewise.
+    fn measure_groups [avx2 avx512] (
+        groups: quanto_groups::Groups,
+        weights: Weights<'_>,
+        pairs: &mut [u8],
+    ) -> Option<usize> = quanto_groups::measure_body(groups, weights, pairs);
+    fn encode_shared_groups [avx2 avx512] (
+        groups: quanto_groups::Groups,
+        sharing: quanto_groups::Sharing,
+        weights: Weights<'_>,
+        pairs: &[u8],
+        codes: &mut [u8],
+    ) -> () = quanto_groups::encode_body::<false>(groups, sharing, weights, pairs, codes);
+    /// The encoder of `int4_rows`, likewise.
+    fn encode_int4_rows [avx2 avx512] (
+        block: usize,
+        weights: Weights<'_>,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> () = int4_rows::encode_body::<false>(block, weights, codes, scales);
     /// Encoder of groups of `torchao_int4`, and its decoder of one, likewise.
     fn measure_pairs [avx2 avx512] (
         size: usize,

@@ -266,11 +266,20 @@ fn check_int8(level: Level) {
             for offset in OFFSETS {
                 let weights = &input[offset..offset + length];
                 let mut expected = vec![0; length + offset];
-                let mut got = expected.clone();
-                let most = bnb8::encode_row(Level::SCALAR, weights, &mut expected[offset..]);
-                let same = bnb8::encode_row(level, weights, &mut got[offset..]);
-                assert_eq!(same.to_bits(), most.to_bits());
-                assert_eq!(got, expected);
+                let same_codes = |weights: Weights<'_>, most: f32, expected: &[u8]| {
+                    let mut got = vec![0; length + offset];
+                    let same = bnb8::encode_row(level, weights, &mut got[offset..]);
+                    assert_eq!(same.to_bits(), most.to_bits());
+                    assert_eq!(got, expected);
+                };
+                for (numbers, stored) in types_of(weights) {
+                    let numbers = Weights::F32(&numbers);
+                    let most = bnb8::encode_row(Level::SCALAR, numbers, &mut expected[offset..]);
+                    same_codes(stored.weights(), most, &expected);
+                }
+                let given = Weights::F32(weights);
+                let most = bnb8::encode_row(Level::SCALAR, given, &mut expected[offset..]);
+                same_codes(given, most, &expected);
 
                 let codes: Vec<u8> = weights.iter().map(|x| (x.to_bits() >> 9) as u8).collect();
                 let mut expected = vec![0.0; length + offset];
