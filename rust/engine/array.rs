@@ -57,50 +57,18 @@ pub fn encode_array(
     if let Some(span) = layout.statistics {
         let bytes = span.range(0, layout.weights).end;
         statistics = vec![0; shape::to_usize(bytes)?];
-        let mut rest = &mut statistics[..];
-        let mut work = Vec::new();
-        for run in &runs {
-            work.push((
-                run.clone(),
-                take(&mut rest, span.range(run.start, run.end - run.start))?,
-            ));
+    }
+    match Pass::that_encodes(format, layout) {
+        Pass::First => {
+            source.encode_at_once(layout, &runs, &mut statistics, components)?;
+            format.settle(layout, &mut statistics)?;
         }
-        let measured = &*layout;
-        in_threads(work, |(run, bytes)| {
-            let mut rest = bytes;
-            source.for_each_tile(Pass::First, measured, run, |first, weights| {
-                let bytes = take(&mut rest, span.range(first, weights.len() as u64))?;
-                let done = format.measure(measured, first, weights, bytes);
-                source.or_not_finite(done, measured, first, weights)
-            })
-        })?;
-        format.settle(layout, &mut statistics)?;
+        Pass::Second => {
+            source.measure(layout, &runs, &mut statistics)?;
+            format.settle(layout, &mut statistics)?;
+            source.encode_measured(layout, &runs, &statistics, components)?;
+        }
     }
-
-    let layout = &*layout;
-    let mut rest: Vec<&mut [u8]> = layout
-        .components
-        .iter()
-        .zip(components.iter_mut())
-        .filter(|(component, _)| component.span.is_sliced())
-        .map(|(_, bytes)| &mut **bytes)
-        .collect();
-    let mut work = Vec::new();
-    for run in runs {
-        work.push((run.clone(), take_parts(layout, &mut rest, &run)?));
-    }
-    in_threads(work, |(run, mut rest)| {
-        let pass = Pass::that_encodes(layout);
-        source.for_each_tile(pass, layout, run, |first, weights| {
-            let tile = first..first + weights.len() as u64;
-            let mut parts: formats::PartsMut<'_> = Default::default();
-            for (part, bytes) in parts.iter_mut().zip(take_parts(layout, &mut rest, &tile)?) {
-                *part = bytes;
-            }
-            let done = format.encode(layout, first, weights, &statistics, &mut parts);
-            source.or_not_finite(done, layout, first, weights)
-        })
-    })?;
 
     let mut lengths: Vec<u64> = components.iter().map(|bytes| bytes.len() as u64).collect();
     for (index, bytes) in format.whole(layout, &statistics)? {
@@ -305,6 +273,99 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// The first pass of two: puts the statistics of all tiles to their place.
+    fn measure(&self, layout: &Layout, runs: &[Range<u64>], statistics: &mut [u8]) -> Result<()> {
+        let work = statistics_of(layout, runs, statistics)?;
+        in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
+            self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
+                self.measure_tile(layout, first, weights, &mut rest)?;
+                Ok(())
+            })
+        })
+    }
+
+    /// Takes the place of the statistics of a tile off the front of `rest`, fills it and gives it back.
+    fn measure_tile<'m>(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+        rest: &mut &'m mut [u8],
+    ) -> Result<&'m [u8]> {
+        let bytes = match layout.statistics {
+            Some(span) => take(rest, span.range(first, weights.len() as u64))?,
+            None => &mut [],
+        };
+        if let Err(error) = self.format.measure(layout, first, weights, bytes) {
+            self.refuse_nonfinite(layout, first, weights)?;
+            return Err(error);
+        }
+        Ok(bytes)
+    }
+
+    /// The second pass of two.
+    fn encode_measured(
+        &self,
+        layout: &Layout,
+        runs: &[Range<u64>],
+        statistics: &[u8],
+        components: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let work = components_of(layout, runs, components)?;
+        in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
+            self.for_each_tile(Pass::Second, layout, run.clone(), |first, weights| {
+                self.encode_tile(layout, first, weights, statistics, &mut rest)
+            })
+        })
+    }
+
+    /// The only pass of formats that have one.
+    fn encode_at_once(
+        &self,
+        layout: &Layout,
+        runs: &[Range<u64>],
+        statistics: &mut [u8],
+        components: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let work = components_of(layout, runs, components)?
+            .into_iter()
+            .zip(statistics_of(layout, runs, statistics)?);
+        in_threads(
+            runs.iter().zip(work).collect(),
+            |(run, (mut rest, mut measured))| {
+                self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
+                    let statistics = match layout.statistics {
+                        Some(_) => self.measure_tile(layout, first, weights, &mut measured)?,
+                        None => &[],
+                    };
+                    self.encode_tile(layout, first, weights, statistics, &mut rest)
+                })
+            },
+        )
+    }
+
+    /// Takes the bytes of a tile off the front of the sliced components and fills them.
+    fn encode_tile(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+        statistics: &[u8],
+        rest: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let mut parts = formats::PartsMut::default();
+        for ((part, rest), (_, component)) in parts.iter_mut().zip(rest).zip(layout.sliced()) {
+            *part = take(rest, component.span.range(first, weights.len() as u64))?;
+        }
+        let encoded = self
+            .format
+            .encode(layout, first, weights, statistics, &mut parts);
+        if encoded.is_err() {
+            self.refuse_nonfinite(layout, first, weights)?;
+        }
+        encoded
+    }
+
     /// Gives tile after tile of `run` to `work`, widened if it has to be, with the index of its first weight.
     /// The first pass refuses weights that are not finite.
     fn for_each_tile(
@@ -329,20 +390,6 @@ impl Source<'_> {
             work(tile.start, weights)?;
         }
         Ok(())
-    }
-
-    /// An error that may come of weights that are not finite names them, if there are any.
-    fn or_not_finite(
-        &self,
-        done: Result<()>,
-        layout: &Layout,
-        first: u64,
-        weights: Weights<'_>,
-    ) -> Result<()> {
-        if done.is_err() {
-            self.refuse_nonfinite(layout, first, weights)?;
-        }
-        done
     }
 
     fn refuse_nonfinite(&self, layout: &Layout, first: u64, weights: Weights<'_>) -> Result<()> {
@@ -496,6 +543,37 @@ fn take_parts<'a>(
         .map(|((_, component), rest)| {
             take(rest, component.span.range(run.start, run.end - run.start))
         })
+        .collect()
+}
+
+/// The bytes of each run in the statistics.
+fn statistics_of<'a>(
+    layout: &Layout,
+    runs: &[Range<u64>],
+    mut rest: &'a mut [u8],
+) -> Result<Vec<&'a mut [u8]>> {
+    let of_run = |run: &Range<u64>| match layout.statistics {
+        Some(span) => take(&mut rest, span.range(run.start, run.end - run.start)),
+        None => Ok(&mut [][..]),
+    };
+    runs.iter().map(of_run).collect()
+}
+
+/// The bytes of each run in each sliced component.
+fn components_of<'a>(
+    layout: &Layout,
+    runs: &[Range<u64>],
+    components: &'a mut [&mut [u8]],
+) -> Result<Vec<Vec<&'a mut [u8]>>> {
+    let mut rest: Vec<&mut [u8]> = layout
+        .components
+        .iter()
+        .zip(components.iter_mut())
+        .filter(|(component, _)| component.span.is_sliced())
+        .map(|(_, bytes)| &mut **bytes)
+        .collect();
+    runs.iter()
+        .map(|run| take_parts(layout, &mut rest, run))
         .collect()
 }
 

@@ -26,7 +26,7 @@ use super::plan::Action;
 use super::pool::{self, lock, Stop};
 use super::request::{Assignment, Choices, Rows};
 use super::run::Progress;
-use super::slab::{Packed, Scratch, Task};
+use super::slab::{Packed, Pass, Scratch, Task};
 use super::two_pass::FirstPass;
 
 /// Most source bytes of a slab. Larger ones are no faster, and leave more to wait for at the end.
@@ -405,13 +405,18 @@ impl<'o, 'c> Fill<'o, 'c> {
         };
         match &job.action {
             Action::Copy => self.add_copies(index, job, buffers, &state)?,
-            Action::Encode { layout, cut, .. } => {
+            Action::Encode {
+                format,
+                layout,
+                cut,
+                ..
+            } => {
                 let slabs = cut.slabs(layout.weights);
-                if layout.statistics.is_some() {
+                if Pass::that_encodes(*format, layout) == Pass::Second {
                     let measures = (0..slabs).map(|slab| Piece::Measure { job: index, slab });
                     self.pieces.extend(measures.map(Mutex::new));
-                    state.first_pass = FirstPass::new(self.pieces.len() - before);
                 }
+                state.first_pass = FirstPass::new(shape::to_usize(slabs)?);
                 let mut sliced = Vec::new();
                 for (component, buffer) in buffers.into_iter().enumerate() {
                     match layout.components.get(component).map(|found| found.span) {
@@ -573,16 +578,13 @@ impl<'o, 'c> Fill<'o, 'c> {
                 self.read(job, task, &range, scratch)?;
                 task.measure(&range, scratch, &|| stop.check())?;
                 let first_pass = &state.first_pass;
-                match first_pass.add(task.target, &range, &scratch.statistics)? {
-                    Some(statistics) => first_pass.settle(task.target, statistics),
-                    None => Ok(()),
-                }
+                first_pass.add_encoded(task.target, &range, &scratch.statistics)
             }
             Piece::Encode { slab, places, .. } => {
                 let mut task = job.task()?;
-                let settled = match task.target.layout.statistics {
-                    Some(_) => Some(state.first_pass.wait(stop)?),
-                    None => None,
+                let settled = match Pass::that_encodes(task.target.format, task.target.layout) {
+                    Pass::Second => Some(state.first_pass.wait(stop)?),
+                    Pass::First => None,
                 };
                 let mut statistics: &[u8] = &[];
                 if let Some(settled) = &settled {
@@ -592,6 +594,12 @@ impl<'o, 'c> Fill<'o, 'c> {
                 let range = task.cut.slab_range(*slab, task.target.layout.weights);
                 self.read(job, task, &range, scratch)?;
                 task.encode(&range, statistics, scratch, places, &|| stop.check())?;
+                if settled.is_none() {
+                    let measured = &scratch.statistics;
+                    state
+                        .first_pass
+                        .add_encoded(task.target, &range, measured)?;
+                }
                 self.count(0, places.iter().map(|place| place.len()).sum());
                 Ok(())
             }

@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::formats::Layout;
+use crate::shape;
 
 use super::checkpoint::{Checkpoint, Stored, Tensor};
 use super::plan::{Action, Plan, Planned};
-use super::slab::{self, Scratch};
+use super::slab::{self, Pass, Scratch};
 
 /// One piece of work: a slab of a tensor in one pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,16 +83,26 @@ pub fn read_slab(
     Ok(read)
 }
 
-/// Lists the pieces of the first pass over one tensor; gives their number.
-pub fn add_first_pass(tensor: usize, planned: &Planned, pieces: &mut Vec<Piece>) -> usize {
-    let before = pieces.len();
-    if let Action::Encode { layout, cut, .. } = &planned.action {
-        if layout.statistics.is_some() {
-            let slabs = 0..cut.slabs(layout.weights);
-            pieces.extend(slabs.map(|slab| Piece::Measure { tensor, slab }));
-        }
+/// Lists the pieces of the first pass over one tensor, if there is one; gives the number of slabs that are
+/// measured, in that pass or while they are encoded.
+pub fn add_first_pass(tensor: usize, planned: &Planned, pieces: &mut Vec<Piece>) -> Result<usize> {
+    let Action::Encode {
+        format,
+        layout,
+        cut,
+        ..
+    } = &planned.action
+    else {
+        return Ok(0);
+    };
+    let slabs = cut.slabs(layout.weights);
+    if Pass::that_encodes(*format, layout) == Pass::Second {
+        pieces.extend((0..slabs).map(|slab| Piece::Measure { tensor, slab }));
     }
-    pieces.len() - before
+    match layout.statistics {
+        Some(_) => shape::to_usize(slabs),
+        None => Ok(0),
+    }
 }
 
 /// Lists the pieces of one tensor, but for those of the first pass; gives their number.

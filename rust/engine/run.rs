@@ -22,7 +22,7 @@ use super::pool::{self, lock, Stop};
 use super::preflight;
 use super::report::{Report, Totals};
 use super::shared_scale::Joined;
-use super::slab::{self, Packed, Scratch, Task};
+use super::slab::{self, Packed, Pass, Scratch, Task};
 use super::two_pass::FirstPass;
 use super::workspace::Workspace;
 
@@ -259,7 +259,7 @@ impl<'r> Run<'r> {
                 else {
                     continue;
                 };
-                let measured = add_first_pass(member, planned, &mut pieces);
+                let measured = add_first_pass(member, planned, &mut pieces)?;
                 state.first_pass = FirstPass::new(measured);
             }
             let added = add_pieces(plan, tensor, planned, &mut pieces)?;
@@ -468,9 +468,9 @@ impl<'r> Run<'r> {
         let planned = self.planned(tensor)?;
         let (_, mut task) = self.task(tensor)?;
         let state = self.state(tensor)?;
-        let settled = match task.target.layout.statistics {
-            Some(_) => Some(state.first_pass.wait(stop)?),
-            None => None,
+        let settled = match Pass::that_encodes(task.target.format, task.target.layout) {
+            Pass::Second => Some(state.first_pass.wait(stop)?),
+            Pass::First => None,
         };
         let mut statistics: &[u8] = &[];
         if let Some(settled) = &settled {
@@ -495,6 +495,12 @@ impl<'r> Run<'r> {
             self.write(planned, slot_of(planned, component)?, bytes.start, packed)?;
         }
         scratch.output = buffers;
+        if settled.is_none() {
+            let measured = &scratch.statistics;
+            state
+                .first_pass
+                .add_encoded(task.target, &range, measured)?;
+        }
         lock(&state.sums).push((slab, sums));
         Ok(())
     }

@@ -176,6 +176,12 @@ fn within(span: Span, slab: &Range<u64>, tile: &Range<u64>) -> Result<Range<usiz
     Ok(shape::to_usize(bytes.start - base)?..shape::to_usize(bytes.end - base)?)
 }
 
+/// A buffer for the statistics of `slab`.
+fn measured<'b>(span: Span, slab: &Range<u64>, buffer: &'b mut Vec<u8>) -> Result<&'b mut [u8]> {
+    let bytes = span.range(slab.start, slab.end - slab.start);
+    resize(buffer, bytes.end - bytes.start)
+}
+
 /// Bytes of `slab` in a buffer that begins where the component does.
 pub fn span_bytes(span: Span, slab: &Range<u64>) -> Result<Range<usize>> {
     let bytes = span.range(slab.start, slab.end - slab.start);
@@ -338,33 +344,39 @@ impl Task<'_> {
         let Some(span) = self.target.layout.statistics else {
             return Ok(());
         };
-        let bytes = span.range(slab.start, slab.end - slab.start);
-        resize(&mut scratch.statistics, bytes.end - bytes.start)?;
+        let measured = measured(span, slab, &mut scratch.statistics)?;
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.tile_weights(
-                Pass::First,
-                as_slices(&scratch.input),
-                &mut scratch.tile,
-                slab,
-                &tile,
-            )?;
-            let range = within(span, slab, &tile)?;
-            let part = scratch
-                .statistics
-                .get_mut(range.clone())
-                .ok_or_else(|| outside(&range))?;
-            let Packed { format, layout } = self.target;
-            if let Err(error) = format.measure(layout, tile.start, x, part) {
-                self.refuse_nonfinite(tile.start, x)?;
-                return Err(error);
-            }
+            let input = as_slices(&scratch.input);
+            let x = self.tile_weights(Pass::First, input, &mut scratch.tile, slab, &tile)?;
+            self.measure_tile(span, x, slab, &tile, measured)?;
         }
         Ok(())
     }
 
+    /// Puts the statistics of a tile to their place in those of the slab.
+    fn measure_tile<'m>(
+        &self,
+        span: Span,
+        x: Weights<'_>,
+        slab: &Range<u64>,
+        tile: &Range<u64>,
+        measured: &'m mut [u8],
+    ) -> Result<&'m [u8]> {
+        let range = within(span, slab, tile)?;
+        let part = measured
+            .get_mut(range.clone())
+            .ok_or_else(|| outside(&range))?;
+        let Packed { format, layout } = self.target;
+        if let Err(error) = format.measure(layout, tile.start, x, part) {
+            self.refuse_nonfinite(tile.start, x)?;
+            return Err(error);
+        }
+        Ok(part)
+    }
+
     /// Encodes the slab whose bytes are in `scratch.input` into `output`, the slab's bytes of each
-    /// sliced component.
+    /// sliced component. Formats that measure at once fill `scratch.statistics`.
     pub fn encode(
         &self,
         slab: &Range<u64>,
@@ -375,7 +387,15 @@ impl Task<'_> {
     ) -> Result<ErrorSums> {
         let mut sums = ErrorSums::default();
         let recode = self.recoding();
-        let pass = Pass::that_encodes(self.target.layout);
+        let pass = Pass::that_encodes(self.target.format, self.target.layout);
+        let at_once = match pass {
+            Pass::First => self.target.layout.statistics,
+            Pass::Second => None,
+        };
+        let measured = match at_once {
+            Some(span) => measured(span, slab, &mut scratch.statistics)?,
+            None => &mut [],
+        };
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
             let x = self.tile_weights(
@@ -385,6 +405,10 @@ impl Task<'_> {
                 slab,
                 &tile,
             )?;
+            let statistics = match at_once {
+                Some(span) => self.measure_tile(span, x, slab, &tile, measured)?,
+                None => statistics,
+            };
             let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
             if let Some(recode) = recode {
                 let input = as_slices(&scratch.input);
@@ -430,10 +454,10 @@ pub enum Pass {
 
 impl Pass {
     /// The pass that encodes.
-    pub fn that_encodes(layout: &Layout) -> Self {
+    pub fn that_encodes(format: &dyn Format, layout: &Layout) -> Self {
         match layout.statistics {
-            Some(_) => Pass::Second,
-            None => Pass::First,
+            Some(_) if !format.measures_at_once() => Pass::Second,
+            _ => Pass::First,
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Formats that need two passes: the statistics of a tensor, collected slab by slab by any number of
-//! threads, and what comes of them once the first pass over the tensor is complete.
+//! Formats that need two passes, or something of the whole tensor once it is encoded: the statistics of a
+//! tensor, collected slab by slab by any number of threads, and what comes of them once they are complete.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -58,6 +58,19 @@ impl FirstPass {
             return Ok(None);
         }
         Ok(Some(std::mem::take(&mut *lock(&self.statistics))))
+    }
+
+    /// Takes what was measured of `slab` while it was encoded, if something was.
+    pub fn add_encoded(
+        &self,
+        target: Packed<'_>,
+        slab: &Range<u64>,
+        measured: &[u8],
+    ) -> Result<()> {
+        match self.add(target, slab, measured)? {
+            Some(statistics) => self.settle(target, statistics),
+            None => Ok(()),
+        }
     }
 
     /// Completes the pass: `statistics` are those of the tensor, or of all that share its scale.

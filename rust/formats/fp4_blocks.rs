@@ -72,7 +72,8 @@ pub fn tensor_scale(most: f32) -> f32 {
     }
 }
 
-/// Codes and scales of whole blocks. As many as fit are widened at a time, if they have to be.
+/// Codes and scales of whole blocks. As many as fit are widened at a time, if they have to be; the next ones are
+/// asked for meanwhile.
 pub fn encode(level: Level, rule: Rule, weights: Weights<'_>, codes: &mut [u8], scales: &mut [u8]) {
     if let Weights::F32(weights) = weights {
         return kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
@@ -84,9 +85,32 @@ pub fn encode(level: Level, rule: Rule, weights: Weights<'_>, codes: &mut [u8], 
         .zip(codes.chunks_mut(WIDENED / block * bytes))
         .zip(scales.chunks_mut(WIDENED / block));
     for ((weights, codes), scales) in runs {
-        let weights = weights.widened(level, &mut place);
-        kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
+        let wide = weights.widened(level, &mut place);
+        weights.ask_behind();
+        kernels::encode_fp4_blocks(level, rule, wide, codes, scales);
     }
+}
+
+/// As [`encode`]; gives whether the weights are finite, and stops where they are not.
+pub fn encode_finite(
+    level: Level,
+    rule: Rule,
+    weights: Weights<'_>,
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
+    let (block, bytes) = rule.sizes();
+    let runs = weights
+        .chunks(WIDENED)
+        .zip(codes.chunks_mut(WIDENED / block * bytes))
+        .zip(scales.chunks_mut(WIDENED / block));
+    for ((weights, codes), scales) in runs {
+        if weights.first_nonfinite(level).is_some() {
+            return false;
+        }
+        encode(level, rule, weights, codes, scales);
+    }
+    true
 }
 
 /// Weights of whole blocks of `size` (16 or 32) E2M1 codes; for `keeps_sign` see [`e2m1::decode`].

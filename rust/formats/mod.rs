@@ -440,6 +440,13 @@ pub trait Format: Sync + Send {
         Ok(())
     }
 
+    /// Whether a tile is encoded by its own statistics, those of others being needed for
+    /// [`Format::whole`] only. There is one pass then, in which each tile is measured before it is encoded, and
+    /// [`Format::encode`] and [`Format::decode_encoded`] are given the statistics of the tile.
+    fn measures_at_once(&self) -> bool {
+        false
+    }
+
     /// Between the passes: turns the statistics of the whole tensor into what `encode` needs, and
     /// records tensor-wide parameters in the layout.
     fn settle(&self, _layout: &mut Layout, _statistics: &mut [u8]) -> Result<()> {
@@ -469,7 +476,7 @@ pub trait Format: Sync + Send {
     }
 
     /// Encodes the tile that begins at weight `first` into its part of each sliced component.
-    /// `statistics` is the whole tensor's (empty for one-pass formats). The weights are finite
+    /// `statistics` is the whole tensor's (empty for formats without). The weights are finite
     /// unless the caller chose to keep non-finite ones. Formats that are only decoded leave it out.
     fn encode(
         &self,

@@ -31,8 +31,8 @@
 //!
 //! Shapes of weights do not follow from those of the arrays where G is less than K.
 //!
-//! Encoding takes two passes, as scales and shifts of neighbours in a byte lie apart; tiles take the groups
-//! that share bytes together. Where P does not divide R the whole weight is one tile.
+//! Tiles take the groups that share bytes together. As scales and shifts of these lie apart, they are collected,
+//! and written once all codes are. Where P does not divide R the whole weight is one tile.
 //!
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
@@ -344,8 +344,7 @@ impl Format for QuantoBits {
         let (fold, number) = (self.fold(layout), first / sizes.group);
         let groups = sizes.groups(self.bits, sizes.group)?;
         let level = kernels::level();
-        let start = shape::to_usize(number * 2 * sizes.scale_bytes())?;
-        let pairs = statistics.get(start..).ok_or_else(cut_short)?;
+        let pairs = statistics;
         if fold.is_some() {
             let sharing = Sharing::Neighbours;
             quanto_groups::encode(level, groups, sharing, weights, pairs, codes);
@@ -363,6 +362,10 @@ impl Format for QuantoBits {
             quanto_groups::encode(level, groups, sharing, weights, pair, codes);
         }
         Ok(())
+    }
+
+    fn measures_at_once(&self) -> bool {
+        true
     }
 
     fn takes_stored(&self) -> bool {
@@ -422,7 +425,7 @@ impl Format for QuantoBits {
             let (row, bit) = self.place(fold, &sizes, number, index);
             let start = shape::to_usize(row)? * group;
             let codes = codes.get(start..start + group).ok_or_else(cut_short)?;
-            let first = (number + index) * (sizes.group / sizes.scaled);
+            let first = index * (sizes.group / sizes.scaled);
             let runs = weights
                 .chunks_exact_mut(scaled)
                 .zip(codes.chunks_exact(scaled));

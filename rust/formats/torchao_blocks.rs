@@ -348,10 +348,11 @@ pub fn encode_row(
         .chunks(block * RUN_BLOCKS)
         .zip(codes.chunks_mut(bytes * RUN_BLOCKS));
     for (weights, codes) in runs {
-        if kind != Kind::NvFp4 && weights.first_nonfinite(level).is_some() {
+        if kind == Kind::NvFp4 {
+            fp4_blocks::encode(level, rule, weights, codes, &mut run);
+        } else if !fp4_blocks::encode_finite(level, rule, weights, codes, &mut run) {
             return false;
         }
-        fp4_blocks::encode(level, rule, weights, codes, &mut run);
         let count = weights.len() / block;
         for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
             if let Some(byte) = scales.get_mut(place) {

@@ -28,9 +28,9 @@
 //!   take scales of BF16 and F32, and none of F16.
 //! - Odd sizes of groups are refused; torchao's config has 32, 64, 128 and 256.
 //!
-//! Scales of neighbours in a row lie apart, those of neighbours in a column together. So encoding takes two
-//! passes: the first collects s and z of all groups, 2 numbers of T for each, and they are written with rows
-//! and columns exchanged once all codes are. Arrays that are decoded are read exchanged back.
+//! Scales of neighbours in a row lie apart, those of neighbours in a column together. So encoding collects
+//! s and z of all groups, 2 numbers of T for each, and they are written with rows and columns exchanged once all
+//! codes are. Arrays that are decoded are read exchanged back.
 //!
 //! Peer: torchao 0.18.0 (`Int4WeightOnlyConfig`, packing format PLAIN) on CPU, with the functions that it takes
 //! from MSLK, which are those of fbgemm-gpu-genai 1.9.0 too.
@@ -252,6 +252,10 @@ impl Format for Int4 {
         Ok(())
     }
 
+    fn measures_at_once(&self) -> bool {
+        true
+    }
+
     fn takes_stored(&self) -> bool {
         true
     }
@@ -275,17 +279,15 @@ impl Format for Int4 {
     fn decode_encoded(
         &self,
         layout: &Layout,
-        first: u64,
+        _first: u64,
         parts: &Parts<'_>,
         statistics: &[u8],
         weights: &mut [f32],
     ) -> Result<()> {
         let sizes = Sizes::of(layout)?;
         let [codes, ..] = *parts;
-        let first = shape::to_usize(first)? / sizes.group;
         let pairs = statistics
             .chunks_exact(sizes.pair_bytes())
-            .skip(first)
             .map(|pair| pair.split_at(sizes.bytes));
         take_groups(&sizes, codes, pairs, weights);
         Ok(())

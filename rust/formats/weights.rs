@@ -130,6 +130,16 @@ impl<'a> Weights<'a> {
         for_stored!(self, |weights: Type| Type::range(weights))
     }
 
+    /// Asks for the memory behind these, as much as they have.
+    pub fn ask_behind(self) {
+        for_stored!(self, |weights: Type| {
+            kernels::ahead(
+                weights,
+                std::mem::size_of_val::<[<Type as Stored>::Bytes]>(weights),
+            );
+        });
+    }
+
     /// The slice of numbers, for formats that do not say [`super::Format::takes_stored`].
     pub fn floats(self) -> Result<&'a [f32]> {
         match self {
