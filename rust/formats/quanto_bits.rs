@@ -27,7 +27,8 @@
 //!   shifts that are the weights; the arrays have shape \[1, K\].
 //! - A group whose range T does not hold is refused: its scale would be infinite. So are weights that are
 //!   not finite.
-//! - Where the least of a group is zero and both zeros occur, which of them the shift has is not defined.
+//! - Where the least of a group is zero and both zeros occur, −0 counts as less: the shift is 0. quanto's may be
+//!   −0.
 //!
 //! Shapes of weights do not follow from those of the arrays where G is less than K.
 //!

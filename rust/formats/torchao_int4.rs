@@ -121,7 +121,7 @@ impl Steps {
     /// Those of finite weights. Their step is infinite where `f32` does not hold the range.
     #[inline(always)]
     fn of(weights: Weights<'_>) -> Self {
-        let (least, greatest) = for_stored!(weights, |weights: Type| range_of::<Type>(weights));
+        let (least, greatest) = weights.range();
         Steps {
             least,
             step: (greatest - least).max(LEAST_RANGE) / MOST,
@@ -229,7 +229,7 @@ impl Format for Int4 {
         }
         let (_, rest) = weights.split_at(done * sizes.group);
         let (group, _) = rest.split_at(sizes.group);
-        let (least, greatest) = kernels::range(kernels::level(), group);
+        let (least, greatest) = group.range();
         let index = first + (done * sizes.group) as u64;
         Err(Error::format(format!(
             "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that F32 does not hold",
@@ -341,20 +341,6 @@ fn take_groups<'p>(
         );
         kernels::take_pairs(level, scale, zero, codes, weights);
     }
-}
-
-/// The least and the greatest of finite weights, by numbers that are ordered as they are.
-#[inline(always)]
-fn range_of<S: Stored>(weights: &[S::Bytes]) -> (f32, f32) {
-    let turned = |bits: i32| bits ^ (bits >> 31) & i32::MAX;
-    let (least, greatest) = weights
-        .iter()
-        .fold((i32::MAX, i32::MIN), |(low, high), &weight| {
-            let order = turned(S::value(weight).to_bits().cast_signed());
-            (low.min(order), high.max(order))
-        });
-    let value = |order: i32| f32::from_bits(turned(order).cast_unsigned());
-    (value(least), value(greatest))
 }
 
 /// Scale and zero point of whole groups of `size` weights, and how many groups; it ends where a scale would be

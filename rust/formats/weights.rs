@@ -124,7 +124,7 @@ impl<'a> Weights<'a> {
         .unwrap_or_default()
     }
 
-    /// The least and the greatest; infinities if there are none.
+    /// The least and the greatest, −0 being less than 0; infinities if there are none.
     #[inline(always)]
     pub fn range(self) -> (f32, f32) {
         for_stored!(self, |weights: Type| Type::range(weights))
@@ -217,8 +217,27 @@ pub(crate) trait Stored {
         Self::of_size(largest)
     }
 
+    /// Whole numbers that are ordered as finite weights are, −0 before 0.
+    fn order(bytes: Self::Bytes) -> Self::Size;
+
+    /// The number that [`Stored::order`] turns into this one.
+    fn of_order(order: Self::Size) -> f32;
+
     /// The least and the greatest of finite weights; infinities if there are none.
-    fn range(weights: &[Self::Bytes]) -> (f32, f32);
+    #[inline(always)]
+    fn range(weights: &[Self::Bytes]) -> (f32, f32) {
+        let Some(&first) = weights.first() else {
+            return (f32::INFINITY, f32::NEG_INFINITY);
+        };
+        // One after the other, which the compiler makes vectors of.
+        let (first, orders) = (Self::order(first), || {
+            weights.iter().copied().map(Self::order)
+        });
+        (
+            Self::of_order(orders().fold(first, Ord::min)),
+            Self::of_order(orders().fold(first, Ord::max)),
+        )
+    }
 }
 
 /// [`Stored`] as [`Weights::F32`].
@@ -248,34 +267,13 @@ impl Stored for Single {
     }
 
     #[inline(always)]
-    fn range(weights: &[f32]) -> (f32, f32) {
-        let lower = |a: f32, b: f32| if b < a { b } else { a };
-        let higher = |a: f32, b: f32| if b > a { b } else { a };
-        // Several at a time, so that one comparison does not wait for the other.
-        let (runs, rest) = weights.as_chunks::<16>();
-        let (mut least, mut greatest) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
-        for run in runs {
-            for (least, &weight) in least.iter_mut().zip(run) {
-                *least = lower(*least, weight);
-            }
-            for (greatest, &weight) in greatest.iter_mut().zip(run) {
-                *greatest = higher(*greatest, weight);
-            }
-        }
-        for width in [8, 4, 2, 1] {
-            let (low, high) = least.split_at_mut(width);
-            for (a, &b) in low.iter_mut().zip(&*high) {
-                *a = lower(*a, b);
-            }
-            let (low, high) = greatest.split_at_mut(width);
-            for (a, &b) in low.iter_mut().zip(&*high) {
-                *a = higher(*a, b);
-            }
-        }
-        (
-            rest.iter().copied().fold(least[0], lower),
-            rest.iter().copied().fold(greatest[0], higher),
-        )
+    fn order(weight: f32) -> i32 {
+        turned32(weight.to_bits().cast_signed())
+    }
+
+    #[inline(always)]
+    fn of_order(order: i32) -> f32 {
+        f32::from_bits(turned32(order).cast_unsigned())
     }
 }
 
@@ -302,10 +300,13 @@ impl Stored for Half {
     }
 
     #[inline(always)]
-    fn range(weights: &[[u8; 2]]) -> (f32, f32) {
-        range16(weights).map_or(NO_RANGE, |[least, greatest]| {
-            (Half::value(least), Half::value(greatest))
-        })
+    fn order(bytes: [u8; 2]) -> i16 {
+        turned16(i16::from_le_bytes(bytes))
+    }
+
+    #[inline(always)]
+    fn of_order(order: i16) -> f32 {
+        Half::value(turned16(order).to_le_bytes())
     }
 }
 
@@ -329,10 +330,13 @@ impl Stored for Brain {
     }
 
     #[inline(always)]
-    fn range(weights: &[[u8; 2]]) -> (f32, f32) {
-        range16(weights).map_or(NO_RANGE, |[least, greatest]| {
-            (Brain::value(least), Brain::value(greatest))
-        })
+    fn order(bytes: [u8; 2]) -> i16 {
+        turned16(i16::from_le_bytes(bytes))
+    }
+
+    #[inline(always)]
+    fn of_order(order: i16) -> f32 {
+        Brain::value(turned16(order).to_le_bytes())
     }
 }
 
@@ -341,18 +345,16 @@ fn size16(bytes: [u8; 2]) -> i16 {
     (u16::from_le_bytes(bytes) & 0x7fff).cast_signed()
 }
 
-/// The range of no weights.
-const NO_RANGE: (f32, f32) = (f32::INFINITY, f32::NEG_INFINITY);
-
-/// The bytes of the least and of the greatest weight, if there is any; -0 is less than 0.
+/// All bits of a negative number turned but its sign, so that it is the less the larger they were; and back.
 #[inline(always)]
-fn range16(weights: &[[u8; 2]]) -> Option<[[u8; 2]; 2]> {
-    // Of negative numbers all bits but the sign are turned, so that whole numbers are ordered as they are.
-    let turned = |bits: i16| bits ^ (bits >> 15 & 0x7fff);
-    let order = |bytes: &[u8; 2]| turned(i16::from_le_bytes(*bytes));
-    let least = weights.iter().map(order).fold(i16::MAX, i16::min);
-    let greatest = weights.iter().map(order).fold(i16::MIN, i16::max);
-    (!weights.is_empty()).then(|| [least, greatest].map(|order| turned(order).to_le_bytes()))
+fn turned16(bits: i16) -> i16 {
+    bits ^ (bits >> 15 & i16::MAX)
+}
+
+/// As [`turned16`].
+#[inline(always)]
+fn turned32(bits: i32) -> i32 {
+    bits ^ (bits >> 31 & i32::MAX)
 }
 
 #[cfg(test)]
@@ -372,6 +374,34 @@ mod tests {
                     assert_eq!(value.to_bits(), expected.to_bits(), "{index:#06x}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn ranges_are_those_of_the_numbers() {
+        let numbers = [1.5f32, -0.0, 0.0, 3e-5, -7.0, 0.25];
+        let bytes = |dtype| {
+            let mut bytes = vec![0; 12];
+            float::narrow(dtype, &numbers, &mut bytes).unwrap();
+            bytes
+        };
+        let (half, brain) = (bytes(Dtype::F16), bytes(Dtype::BF16));
+        for weights in [
+            Weights::F32(&numbers),
+            Weights::stored(Dtype::F16, &half).unwrap(),
+            Weights::stored(Dtype::BF16, &brain).unwrap(),
+        ] {
+            assert_eq!(weights.range(), (-7.0, 1.5));
+            assert_eq!(weights.split_at(1).0.range(), (1.5, 1.5));
+            let (least, greatest) = weights.split_at(1).1.split_at(2).0.range();
+            assert_eq!(
+                (least.to_bits(), greatest.to_bits()),
+                ((-0f32).to_bits(), 0)
+            );
+            assert_eq!(
+                weights.split_at(0).0.range(),
+                (f32::INFINITY, f32::NEG_INFINITY)
+            );
         }
     }
 
