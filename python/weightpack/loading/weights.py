@@ -153,7 +153,7 @@ class Loader:
             params=chosen.params,
             through=chosen.through,
             rows=target.rows,
-            shape=target.shape,
+            shape=chosen.shape or target.shape,
             add=target.add,
             transpose=chosen.transpose,
         )

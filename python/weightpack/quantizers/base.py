@@ -52,12 +52,14 @@ class Requirement:
 class Packing:
     """How the engine packs a weight: `format` is a full format name (`bitsandbytes:nf4`), `params` its
     choices. `through` is the element type (`BF16`) that weights are rounded to before they are
-    encoded, `None` for the stored one. `transpose`: the file holds the matrix the other way round."""
+    encoded, `None` for the stored one. `transpose`: the file holds the matrix the other way round. `shape` is
+    another shape in which the same weights, in the same order, are encoded."""
 
     format: str
     params: Mapping[str, Any] = field(default_factory=dict)
     through: str | None = None
     transpose: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ class Quantizer(ABC):
             return None
         from .. import _rust
 
-        components = json.loads(_rust.layout(chosen.format, list(shape), json.dumps(dict(chosen.params))))
+        encoded, params = list(chosen.shape or shape), json.dumps(dict(chosen.params))
+        components = json.loads(_rust.layout(chosen.format, encoded, params))
         return sum(int(component["bytes"]) for component in components)
 
     def weight_shape(self, model: Any, name: str) -> tuple[int, ...] | None:

@@ -185,12 +185,15 @@ class QuantoQuantizer(Quantizer):
         return (f"{found[1] or ''}weight", found[2]) if found else None
 
     def packing(self, model: Any, name: str) -> Packing | None:
-        """Bytes by the engine; types of fewer bits are packed here."""
-        weights = self.weights_of(name.rpartition(".")[0])
-        if self.pre_quantized or weights not in ("int8", "float8"):
+        """By the engine, in groups of weights as they are in the layer and not as in files."""
+        if self.pre_quantized:
             return None
+        from .quanto_packing import grouped_shape
+
+        weights = self.weights_of(name.rpartition(".")[0])
+        layer, _ = owner(model, name)
         through = None if self.torch_dtype is None else stored_name(self.torch_dtype)
-        return Packing(f"quanto:{weights}", through=through)
+        return Packing(f"quanto:{weights}", through=through, shape=grouped_shape(layer.weight.shape, weights))
 
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         """Sets a weight from a full-precision tensor or from `_data`, `_scale` and `_shift`.
@@ -201,7 +204,7 @@ class QuantoQuantizer(Quantizer):
         import torch
 
         from .quanto_layers import assemble
-        from .quanto_packing import encode
+        from .quanto_packing import encode, named
 
         layer, leaf = owner(model, name)
         weights = self.weights_of(name.rpartition(".")[0])
@@ -211,7 +214,7 @@ class QuantoQuantizer(Quantizer):
             # A layer of quanto's that was saved before its weight was packed.
             value = stored[""]
         if isinstance(value, Mapping):
-            components = _checked(value, weights, tuple(shape), name)
+            components = _checked(named(value), weights, tuple(shape), name)
             scale_dtype = dtype or components["_scale"].dtype
             for component in components.keys() - {"_data"}:
                 components[component] = components[component].to(scale_dtype)

@@ -1,4 +1,4 @@
-"""quanto's numbers in torch operations: encoding weights into its components, and back.
+"""quanto's numbers: encoding weights into its components, by the engine's formats, and back in torch operations.
 
 | type | `_data` | `_scale`, `_shift` |
 |---|---|---|
@@ -13,11 +13,8 @@ i + ceil(R / 2) in the bits above it for `int4`, quarters for `int2`, the first 
 - `int4`, `int2`: scale = (max - min) / (2^bits - 1), shift = -min, code = (w + shift) / scale rounded half
   to even, clamped; weight = scale * code - shift.
 
-Every step is rounded to the type of the weight, as optimum-quanto 0.2.7 does; so these are its bytes.
-Special cases: all-zero rows have scale 0 and codes 0, where quanto gives NaN for `float8` (so do rows whose
-scale is rounded to 0); constant groups have scale 0 and codes 0; values that are not finite, and ranges that
-overflow the type of the weight, are refused. A weight of a single row has one scalar scale or, where there
-are no groups, one scale and shift for each column.
+The bytes are those of optimum-quanto 0.2.7, but for rows that it gets wrong: see the formats. A weight of a
+single row has one scalar scale or, where there are no groups, one scale and shift for each column.
 """
 
 from __future__ import annotations
@@ -29,15 +26,15 @@ from typing import Any
 import torch
 
 from ..errors import FormatError
+from ..formats_ import quantize
 
 BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
 """Bits of a code, for each type of weights."""
 CODE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "int4": torch.uint8, "int2": torch.uint8}
 """Element type of `_data`."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LIMITS = {"int8": (-128.0, 127.0), "float8": (-448.0, 448.0)}
 _CHUNK_WEIGHTS = 1 << 22
-"""Weights encoded at a time: bounds the temporaries to some tens of megabytes."""
+"""Weights decoded at a time: bounds the temporaries to some tens of megabytes."""
 
 
 def group_size(shape: Sequence[int], weights: str) -> int | None:
@@ -68,9 +65,9 @@ def packed_bytes(shape: Sequence[int], weights: str, element_bytes: int) -> int:
 
 
 def encode(weight: Any, weights: str, *, dtype: Any = None, name: str = "weight") -> dict[str, Any]:
-    """The components of a `weight` of two or more dimensions, on its device.
+    """The components of a `weight` of two or more dimensions, on the CPU.
 
-    It is rounded to `dtype` first, piece by piece: float32, float16 or bfloat16, by default its own type.
+    It is rounded to `dtype` first: float32, float16 or bfloat16, by default its own type.
     Raises `FormatError` that names tensor `name` for values that are not finite, for a range that
     overflows that type, for another type, and for a weight without elements.
     """
@@ -82,10 +79,33 @@ def encode(weight: Any, weights: str, *, dtype: Any = None, name: str = "weight"
         )
     if weight.ndim < 2 or weight.numel() == 0:
         raise FormatError(f'quanto:{weights}: shape {list(weight.shape)} has no rows to encode (tensor "{name}")')
-    weight = weight.detach().contiguous()
-    if BITS[weights] == 8:
-        return _encode_bytes(weight, weights, dtype, name)
-    return _encode_bits(weight, weights, dtype, name)
+    weight = weight.detach().to("cpu", dtype).contiguous()
+    shapes = component_shapes(weight.shape, weights)
+    rows, inner = _grouped(weight.shape, weights)
+    try:
+        if BITS[weights] < 8 and rows == 1 and len(inner) > 1:
+            found = _encode_columns(weight, weights)
+        else:
+            found = quantize(weight.reshape(rows, -1), f"quanto:{weights}")
+    except FormatError as error:
+        raise FormatError(f'{error.message} (tensor "{name}", shape {list(weight.shape)})', hint=error.hint) from error
+    found = named(found)
+    return {component: found[component].reshape(shape) for component, shape in shapes.items()}
+
+
+def named(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Components by their names here, whatever those in files are: `_data` for `_data._data`."""
+    return {component.removesuffix("._data"): value for component, value in components.items()}
+
+
+def grouped_shape(shape: Sequence[int], weights: str) -> tuple[int, int] | None:
+    """The matrix of groups that a weight of `shape` is encoded as, `None`: its rows are no more than a group.
+
+    Of a matrix of more than one group a row, files hold the shift that the form of a kernel leaves
+    (`quanto_tinygemm`); of a matrix whose rows are groups the same bytes, but the shift as it is.
+    """
+    size = group_size(shape, weights)
+    return (math.prod(shape) // size, size) if size else None
 
 
 def decode(components: Mapping[str, Any], weights: str, shape: Sequence[int], dtype: Any = None) -> Any:
@@ -144,52 +164,15 @@ def unpack_chunks(packed: Any, bits: int, rows: int) -> Any:
             yield (packed[start:end] >> (bits * place)) & mask, place * stride + start
 
 
-def _encode_bytes(weight: Any, weights: str, dtype: Any, name: str) -> dict[str, Any]:
-    rows = weight.reshape(weight.shape[0], -1)
-    low, high = _LIMITS[weights]
-    data = torch.empty(rows.shape, dtype=CODE_DTYPES[weights], device=weight.device)
-    scale = torch.empty((rows.shape[0], 1), dtype=dtype, device=weight.device)
-    for start, end in _chunks(*rows.shape):
-        part = rows[start:end].to(dtype)
-        smallest, largest = torch.aminmax(part, dim=1, keepdim=True)
-        part_scale = torch.maximum(-smallest, largest) / high
-        _check_finite(part_scale, weight, weights, dtype, name)
-        codes = part / part_scale
-        if weights == "int8":
-            codes.round_()
-        # 0 / 0 in rows of zeros: NaN has no defined integer, and is no zero in float8.
-        data[start:end] = _without_nan(codes, part_scale).clamp_(low, high)
-        scale[start:end] = part_scale
-    shapes = component_shapes(weight.shape, weights)
-    return {"_data": data.reshape(shapes["_data"]), "_scale": scale.reshape(shapes["_scale"])}
-
-
-def _encode_bits(weight: Any, weights: str, dtype: Any, name: str) -> dict[str, Any]:
-    bits = BITS[weights]
-    shapes = component_shapes(weight.shape, weights)
-    rows, inner = _grouped(weight.shape, weights)
-    grouped = weight.reshape(rows, *inner)
-    packed = torch.zeros(shapes["_data"], dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(shapes["_scale"], dtype=dtype, device=weight.device)
-    shift = torch.empty_like(scale)
-    stride = packed.shape[0]
-    # With a single row the library keeps the last dimension apart, and not the first.
-    dims = tuple(range(1, grouped.ndim)) if rows > 1 else tuple(range(grouped.ndim - 1))
-    for place in range(8 // bits):
-        first = place * stride
-        for start, end in _chunks(min(stride, rows - first), math.prod(inner)):
-            part = grouped[first + start : first + end].to(dtype)
-            smallest = part.amin(dim=dims, keepdim=True)
-            part_scale = (part.amax(dim=dims, keepdim=True) - smallest) / (2**bits - 1)
-            _check_finite(part_scale, weight, weights, dtype, name)
-            part_shift = -smallest
-            codes = (part + part_shift).div_(part_scale).round_()
-            # 0 / 0 in constant groups, which the shift alone gives back.
-            codes = _without_nan(codes, part_scale).clamp_(0, 2**bits - 1).to(torch.uint8)
-            packed[start:end] |= codes << (bits * place) if place else codes
-            scale[first + start : first + end] = part_scale
-            shift[first + start : first + end] = part_shift
-    return {"_data": packed, "_scale": scale, "_shift": shift}
+def _encode_columns(weight: Any, weights: str) -> dict[str, Any]:
+    """The components of a single row of more than one dimension: the library keeps the last one apart, so that
+    its groups are the columns of a matrix."""
+    columns = weight.reshape(-1, weight.shape[-1]).T
+    # A group that is alone would have a scale for each weight.
+    count = max(2, len(columns))
+    found = named(quantize(columns.expand(count, -1).contiguous(), f"quanto:{weights}"))
+    codes = unpack(found["_data"], BITS[weights], count)[: len(columns)]
+    return {"_data": codes.T.contiguous(), **{name: found[name][: len(columns)] for name in ("_scale", "_shift")}}
 
 
 def _grouped(shape: Sequence[int], weights: str) -> tuple[int, tuple[int, ...]]:
@@ -201,23 +184,6 @@ def _grouped(shape: Sequence[int], weights: str) -> tuple[int, tuple[int, ...]]:
 def _chunks(rows: int, row_weights: int) -> Any:
     step = max(1, _CHUNK_WEIGHTS // row_weights)
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _without_nan(codes: Any, scale: Any) -> Any:
-    """Quotients with zeros in the place of NaN, which only scales of zero make."""
-    return torch.nan_to_num_(codes, nan=0.0) if (scale == 0).any() else codes
-
-
-def _check_finite(scale: Any, weight: Any, weights: str, dtype: Any, name: str) -> None:
-    if torch.isfinite(scale).all():
-        return
-    where = torch.nonzero(~torch.isfinite(weight))
-    if len(where):
-        place = where[0].tolist()
-        fact = f"value {weight[tuple(place)].item()} at {place} is not finite"
-    else:
-        fact = f"the range of a group overflows {_name(dtype)}"
-    raise FormatError(f'quanto:{weights}: {fact} (tensor "{name}", shape {list(weight.shape)})')
 
 
 def _name(dtype: Any) -> str:
