@@ -9,9 +9,9 @@
 | NVFP4 | two e2m1 codes a byte, even element low | one e4m3 for 16 weights, times one for the weight |
 
 Each layer that the skip list leaves becomes ModelOpt's own, on its own: nothing else of the model is
-touched. Weights are packed one by one by ModelOpt's classes, a few million numbers at a time, as they
-come from the file, NVFP4 ones of 16 bits by the engine; the result holds the bytes of `mtq.quantize` and
-`mtq.compress`. A checkpoint so
+touched. Weights are packed one by one as they come from the file: by the engine's formats what `modelopt_engine`
+lists, other forms by ModelOpt's classes, a few million numbers at a time; the result holds the bytes of
+`mtq.quantize` and `mtq.compress`. A checkpoint so
 saved is read back from its `config.json`: no `modelopt_state.pth` is needed, and none is unpickled. The
 largest magnitude of each block, which ModelOpt keeps besides its scale, is left out.
 
@@ -290,15 +290,16 @@ class NVIDIAModelOptQuantizer(Quantizer):
         return None
 
     def packing(self, model: Any, name: str) -> Packing | None:
-        """NVFP4 of 16-bit weights by the engine, which makes the bytes of ModelOpt's layers and of its export
-        alike. Scales of the other types differ there: layers keep them in the type of the weight, with the
-        largest magnitude, which does not follow from them; INT4 has its codes in another order."""
+        """Forms of which all that the layer keeps follows from the engine's arrays. What else the engine has a
+        format for is packed from memory; INT4 and NF4 by ModelOpt, whose layers have them in other bytes than its
+        export."""
+        from . import modelopt_engine
+
         plan = self._plans[name.rpartition(".")[0]]
-        if self.pre_quantized or not plan.is_packed_by_engine:
+        form = None if self.pre_quantized or self.torch_dtype is None else modelopt_engine.form_of(plan)
+        if form is None or not modelopt_engine.is_whole(plan, self.torch_dtype.itemsize):
             return None
-        through = None if self.torch_dtype is None else stored_name(self.torch_dtype)
-        # Of a 32-bit weight, too, the largest magnitude does not follow from the scale.
-        return Packing("modelopt:nvfp4", through=through) if through in ("BF16", "F16") else None
+        return Packing(form[0], through=stored_name(self.torch_dtype), shape=form[1])
 
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         from . import modelopt_layers
@@ -306,7 +307,7 @@ class NVIDIAModelOptQuantizer(Quantizer):
         path = name.rpartition(".")[0]
         layer, plan = model.get_submodule(path), self._plans[path]
         if isinstance(value, Mapping) and not self.pre_quantized:
-            packed, scales = modelopt_layers.of_engine(plan, value, self.torch_dtype)
+            packed, scales = modelopt_layers.of_engine(layer, plan, value, self.torch_dtype)
             modelopt_layers.install(layer, packed, scales, device=device)
             return
         if not isinstance(value, Mapping):

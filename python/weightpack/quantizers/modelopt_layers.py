@@ -2,7 +2,8 @@
 
 A layer is made by ModelOpt's own registries, as `mtq.quantize` and `mtq.compress` make all layers of a
 model; its weight is a `QTensorWrapper` and its scales are buffers of `weight_quantizer`. Weights are
-packed by ModelOpt's tensor classes, a slab at a time, with codes of NF4 and NVFP4 from `modelopt_encode`.
+packed by the engine's formats where `modelopt_engine` has one, and else by ModelOpt's tensor classes, a slab at
+a time, with codes of NF4 and NVFP4 from `modelopt_encode`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import CheckpointError, ConfigError, FormatError
-from . import modelopt_decode, modelopt_encode
+from ..formats_ import quantize
+from . import modelopt_decode, modelopt_encode, modelopt_engine
 from .modelopt_entries import attributes
 
 _PURPOSE = "run ModelOpt weights"
@@ -95,6 +97,8 @@ _CLASSES = {
     "nf4": _Nf4,
     "nvfp4": _NvFp4,
 }
+_MOST = {"fp8": 448.0, "int8": 127.0, "nvfp4": 6.0 * 448.0}
+"""The largest magnitude that has scale 1."""
 _STORED_AS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """Type of the stored codes; the others are bytes."""
 
@@ -149,11 +153,6 @@ class Plan:
         raise ConfigError(f"modelopt_config: num_bits {bits} with block_sizes {sizes} is none of the packed forms")
 
     @property
-    def is_packed_by_engine(self) -> bool:
-        """Whether format `modelopt:nvfp4` of the engine has the codes and scales of this layer."""
-        return self.kind == "nvfp4" and self.blocks == {-1: 16} and len(self.shape) == 2
-
-    @property
     def fits(self) -> bool:
         """Whether the weight's shape is one that ModelOpt can pack and unpack in this form."""
         if self.kind == "nf4" or not self.blocks:
@@ -203,27 +202,36 @@ def pack(layer: Any, plan: Plan, weight: Any, *, name: str) -> tuple[Any, dict[s
         raise FormatError(f'weight has shape {list(weight.shape)}, expected {list(plan.shape)} (tensor "{name}")')
     weight = weight.detach().contiguous()
     _check_finite(weight, name)
+    form = modelopt_engine.form_of(plan) if weight.element_size() < 8 else None
+    if form is not None and plan.blocks and plan.kind != "nvfp4":
+        # The largest magnitudes of blocks are not kept.
+        return of_engine(layer, plan, quantize(weight.reshape(form[1]), form[0]), weight.dtype)
     quantizer = layer.weight_quantizer
     with torch.no_grad(), quiet():
         _calibrate(quantizer, weight)
-        packed, scales = getattr(_Packer(quantizer, plan, weight), plan.kind)()
+        if form is None:
+            packed, scales = getattr(_Packer(quantizer, plan, weight), plan.kind)()
+            packed = _CLASSES[plan.kind](weight.shape, weight.dtype, packed._quantized_data)
+        else:
+            packed, scales = of_engine(layer, plan, quantize(weight.reshape(form[1]), form[0]), weight.dtype)
+            if plan.kind != "nvfp4":
+                scales["_scale"] = scales["_scale"].masked_fill(quantizer.amax == 0, 1)
+            _no_zeros(quantizer, _MOST[plan.kind])
     amax = quantizer._buffers.pop("_amax", None)
     if amax is not None and (plan.kind == "nvfp4" or not plan.blocks):
         # ModelOpt also keeps the largest of each block, as float32; nothing reads it once scales are there.
+        scales.pop("_amax", None)
         scales = {"_amax": amax, **scales}
-    return _CLASSES[plan.kind](weight.shape, weight.dtype, packed._quantized_data), scales
+    return packed, scales
 
 
-def of_engine(plan: Plan, parts: Mapping[str, Any], dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """As `pack`, of a weight of `dtype`, 16 bits wide, that the engine has packed."""
-    second = parts["weight_scale_2"]
-    # What the scale was divided from is a number of `dtype`, so that rounding finds it.
-    scales = {
-        "_amax": (second * (6.0 * 448.0)).to(dtype),
-        "_scale": parts["weight_scale"],
-        "_double_scale": second,
-    }
-    return _CLASSES[plan.kind](torch.Size(plan.shape), dtype, parts[""]), scales
+def of_engine(layer: Any, plan: Plan, parts: Mapping[str, Any], dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """As `pack`, of a weight of `dtype` that the engine has packed."""
+    codes, scales = modelopt_engine.parts_of(plan, parts, dtype)
+    if plan.blocks and plan.kind != "nvfp4":
+        # Shapes that ModelOpt would otherwise learn from the first weight it sees.
+        layer.weight_quantizer._setup_for_blockquant(torch.empty(plan.shape, device="meta"))
+    return _CLASSES[plan.kind](torch.Size(plan.shape), dtype, codes), scales
 
 
 class _Packer:
@@ -235,42 +243,43 @@ class _Packer:
         self.weight = weight
 
     def fp8(self) -> tuple[Any, dict[str, Any]]:
-        _no_zeros(self.quantizer, 448.0)
+        _no_zeros(self.quantizer, _MOST["fp8"])
         amax = self.quantizer.amax
         if self.plan.blocks:
             scale = None if amax is None or amax.numel() == 1 else amax / 448.0
             packed, scale = qtensor.FP8QTensor.quantize(self.weight, scale, block_sizes=self.plan.blocks)
-            codes = packed._quantized_data
-            empty = scale == 0
-            if empty.any():
-                # Blocks of zeros: ModelOpt divides 0 by 0 there.
-                codes.view(torch.uint8)[codes.isnan()] = 0
-                scale = scale.masked_fill(empty, 1)
-            return packed, {"_scale": scale}
+            return packed, {"_scale": self._settled(packed._quantized_data.view(torch.uint8), scale)}
         return self._rows(qtensor.FP8QTensor, amax / 448.0)
 
     def int8(self) -> tuple[Any, dict[str, Any]]:
-        _no_zeros(self.quantizer, 127.0)
+        _no_zeros(self.quantizer, _MOST["int8"])
         if self.plan.blocks:
             packed, scale = qtensor.INT8QTensor.quantize(self.weight, block_sizes=self.plan.blocks)
-            # A block of zeros: 0 divided by 0 becomes what the processor makes of it.
-            empty = scale == 0
-            if empty.any():
-                codes = packed._quantized_data
-                whole = empty
-                for axis, size in self.plan.blocks.items():
-                    whole = whole.repeat_interleave(size, dim=axis)
-                codes[whole] = 0
-                scale = scale.masked_fill(empty, 1)
-            return packed, {"_scale": scale}
+            return packed, {"_scale": self._settled(packed._quantized_data, scale)}
         return self._rows(qtensor.INT8QTensor, self.quantizer.amax / 127.0)
+
+    def _settled(self, codes: Any, scale: Any) -> Any:
+        """Scales of 1, and codes of zero, where ModelOpt divides by 0: in blocks of zeros, and of weights that are
+        too small for a scale."""
+        empty = scale == 0
+        if not empty.any():
+            return scale
+        whole = empty
+        for axis, size in self.plan.blocks.items():
+            whole = whole.repeat_interleave(size, dim=axis)
+        codes[whole[tuple(slice(0, length) for length in codes.shape)]] = 0
+        return scale.masked_fill(empty, 1)
 
     def _rows(self, kind: Any, scale: Any) -> tuple[Any, dict[str, Any]]:
         dtype = torch.float8_e4m3fn if kind is qtensor.FP8QTensor else torch.int8
         codes = torch.empty(self.plan.shape, dtype=dtype)
         for first, last in _slabs(len(self.weight), self.weight[0].numel()):
             part = scale[first:last] if scale.dim() and scale.shape[0] == len(self.weight) else scale
-            codes[first:last] = kind.quantize(self.weight[first:last], part)[0]._quantized_data
+            found = kind.quantize(self.weight[first:last], part)[0]._quantized_data
+            if dtype != torch.int8 and (part == 0).any():
+                # Zeros among weights that are too small for a scale.
+                found.view(torch.uint8)[found.isnan()] = 0
+            codes[first:last] = found
         return kind(self.weight.shape, self.weight.dtype, codes), {"_scale": scale}
 
     def int4(self) -> tuple[Any, dict[str, Any]]:
@@ -313,7 +322,7 @@ class _Packer:
 
     def nvfp4(self) -> tuple[Any, dict[str, Any]]:
         block = self.plan.blocks[-1]
-        _no_zeros(self.quantizer, 6.0 * 448.0)
+        _no_zeros(self.quantizer, _MOST["nvfp4"])
         double_scale = qtensor.NVFP4QTensor.get_weights_scaling_factor_2_from_quantizer(self.quantizer)
         shape = self.plan.shape
         codes = torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
@@ -508,6 +517,8 @@ def calibrate_inputs(model: Any, paths: Sequence[str], forward_loop: Any) -> Non
 
 
 def _check_finite(weight: Any, name: str) -> None:
+    if not weight.numel() or all(torch.isfinite(one) for one in torch.aminmax(weight)):
+        return
     for first, last in _slabs(len(weight), weight[0].numel()):
         wrong = ~torch.isfinite(weight[first:last])
         if wrong.any():
