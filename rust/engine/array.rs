@@ -10,7 +10,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
 use crate::formats::{self, Fold, Format, Layout, Span, Weights, MAX_PARTS};
-use crate::{kernels, shape};
+use crate::shape;
 
 use super::exchanged::{self, Exchanged};
 use super::slab::{refuse_nonfinite, resize, Pass, TILE_WEIGHTS};
@@ -278,29 +278,11 @@ impl Source<'_> {
         let work = statistics_of(layout, runs, statistics)?;
         in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
             self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
-                self.measure_tile(layout, first, weights, &mut rest)?;
-                Ok(())
+                let place = self.statistics(layout, first, weights, &mut rest)?;
+                let measured = self.format.measure(layout, first, weights, place);
+                self.or_not_finite(measured, layout, first, weights)
             })
         })
-    }
-
-    /// Takes the place of the statistics of a tile off the front of `rest`, fills it and gives it back.
-    fn measure_tile<'m>(
-        &self,
-        layout: &Layout,
-        first: u64,
-        weights: Weights<'_>,
-        rest: &mut &'m mut [u8],
-    ) -> Result<&'m [u8]> {
-        let bytes = match layout.statistics {
-            Some(span) => take(rest, span.range(first, weights.len() as u64))?,
-            None => &mut [],
-        };
-        if let Err(error) = self.format.measure(layout, first, weights, bytes) {
-            self.refuse_nonfinite(layout, first, weights)?;
-            return Err(error);
-        }
-        Ok(bytes)
     }
 
     /// The second pass of two.
@@ -314,7 +296,11 @@ impl Source<'_> {
         let work = components_of(layout, runs, components)?;
         in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
             self.for_each_tile(Pass::Second, layout, run.clone(), |first, weights| {
-                self.encode_tile(layout, first, weights, statistics, &mut rest)
+                let mut parts = take_tile(layout, first, weights, &mut rest)?;
+                let encoded = self
+                    .format
+                    .encode(layout, first, weights, statistics, &mut parts);
+                self.or_not_finite(encoded, layout, first, weights)
             })
         })
     }
@@ -334,36 +320,46 @@ impl Source<'_> {
             runs.iter().zip(work).collect(),
             |(run, (mut rest, mut measured))| {
                 self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
-                    let statistics = match layout.statistics {
-                        Some(_) => self.measure_tile(layout, first, weights, &mut measured)?,
-                        None => &[],
+                    let place = self.statistics(layout, first, weights, &mut measured)?;
+                    let mut parts = take_tile(layout, first, weights, &mut rest)?;
+                    let encoded = match layout.statistics {
+                        Some(_) => self
+                            .format
+                            .encode_at_once(layout, first, weights, place, &mut parts),
+                        None => self.format.encode(layout, first, weights, &[], &mut parts),
                     };
-                    self.encode_tile(layout, first, weights, statistics, &mut rest)
+                    self.or_not_finite(encoded, layout, first, weights)
                 })
             },
         )
     }
 
-    /// Takes the bytes of a tile off the front of the sliced components and fills them.
-    fn encode_tile(
+    /// The place of the statistics of a tile, taken off the front of `rest`.
+    fn statistics<'m>(
         &self,
         layout: &Layout,
         first: u64,
         weights: Weights<'_>,
-        statistics: &[u8],
-        rest: &mut [&mut [u8]],
-    ) -> Result<()> {
-        let mut parts = formats::PartsMut::default();
-        for ((part, rest), (_, component)) in parts.iter_mut().zip(rest).zip(layout.sliced()) {
-            *part = take(rest, component.span.range(first, weights.len() as u64))?;
+        rest: &mut &'m mut [u8],
+    ) -> Result<&'m mut [u8]> {
+        match layout.statistics {
+            Some(span) => take(rest, span.range(first, weights.len() as u64)),
+            None => Ok(&mut []),
         }
-        let encoded = self
-            .format
-            .encode(layout, first, weights, statistics, &mut parts);
-        if encoded.is_err() {
+    }
+
+    /// An error that may come of weights that are not finite names them, if there are any.
+    fn or_not_finite(
+        &self,
+        done: Result<()>,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+    ) -> Result<()> {
+        if done.is_err() {
             self.refuse_nonfinite(layout, first, weights)?;
         }
-        encoded
+        done
     }
 
     /// Gives tile after tile of `run` to `work`, widened if it has to be, with the index of its first weight.
@@ -429,13 +425,9 @@ impl Source<'_> {
     ) -> Result<&'b [u8]> {
         let row_bytes = fold.row_weights() * self.weight_bytes;
         let bytes = resize(gathered, (tile.end - tile.start) * self.weight_bytes)?;
-        // Each part goes on where it ends here.
-        let later = bytes.len() / shape::to_usize(fold.parts())?.max(1);
         let places = bytes.chunks_exact_mut(shape::to_usize(row_bytes)?);
         for (row, place) in fold.rows_from(tile.start / fold.row_weights()).zip(places) {
-            let row = get(self.data, row * row_bytes..(row + 1) * row_bytes)?;
-            kernels::ahead(row, later);
-            place.copy_from_slice(row);
+            place.copy_from_slice(get(self.data, row * row_bytes..(row + 1) * row_bytes)?);
         }
         Ok(bytes)
     }
@@ -544,6 +536,20 @@ fn take_parts<'a>(
             take(rest, component.span.range(run.start, run.end - run.start))
         })
         .collect()
+}
+
+/// The bytes of a tile, taken off the front of the sliced components.
+fn take_tile<'a>(
+    layout: &Layout,
+    first: u64,
+    weights: Weights<'_>,
+    rest: &mut [&'a mut [u8]],
+) -> Result<formats::PartsMut<'a>> {
+    let mut parts = formats::PartsMut::default();
+    for ((part, rest), (_, component)) in parts.iter_mut().zip(rest).zip(layout.sliced()) {
+        *part = take(rest, component.span.range(first, weights.len() as u64))?;
+    }
+    Ok(parts)
 }
 
 /// The bytes of each run in the statistics.

@@ -297,7 +297,8 @@ impl Task<'_> {
             Some(weights) => weights,
             None => Weights::F32(self.decode_tile(&parts, scratch, tile)?),
         };
-        if pass == Pass::First && !self.target.format.finds_nonfinite() {
+        let is_looked_for = !self.target.format.finds_nonfinite() || self.recoding().is_some();
+        if pass == Pass::First && is_looked_for {
             self.refuse_nonfinite(tile.start, weights)?;
         }
         Ok(weights)
@@ -345,34 +346,16 @@ impl Task<'_> {
             return Ok(());
         };
         let measured = measured(span, slab, &mut scratch.statistics)?;
+        let Packed { format, layout } = self.target;
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
             let input = as_slices(&scratch.input);
             let x = self.tile_weights(Pass::First, input, &mut scratch.tile, slab, &tile)?;
-            self.measure_tile(span, x, slab, &tile, measured)?;
+            let place = part_of(measured, span, slab, &tile)?;
+            let done = format.measure(layout, tile.start, x, place);
+            self.or_not_finite(done, tile.start, x)?;
         }
         Ok(())
-    }
-
-    /// Puts the statistics of a tile to their place in those of the slab.
-    fn measure_tile<'m>(
-        &self,
-        span: Span,
-        x: Weights<'_>,
-        slab: &Range<u64>,
-        tile: &Range<u64>,
-        measured: &'m mut [u8],
-    ) -> Result<&'m [u8]> {
-        let range = within(span, slab, tile)?;
-        let part = measured
-            .get_mut(range.clone())
-            .ok_or_else(|| outside(&range))?;
-        let Packed { format, layout } = self.target;
-        if let Err(error) = format.measure(layout, tile.start, x, part) {
-            self.refuse_nonfinite(tile.start, x)?;
-            return Err(error);
-        }
-        Ok(part)
     }
 
     /// Encodes the slab whose bytes are in `scratch.input` into `output`, the slab's bytes of each
@@ -386,63 +369,65 @@ impl Task<'_> {
         stop: &dyn Fn() -> Result<()>,
     ) -> Result<ErrorSums> {
         let mut sums = ErrorSums::default();
-        let recode = self.recoding();
-        let pass = Pass::that_encodes(self.target.format, self.target.layout);
-        let at_once = match pass {
-            Pass::First => self.target.layout.statistics,
-            Pass::Second => None,
-        };
+        let Packed { format, layout } = self.target;
+        let pass = Pass::that_encodes(format, layout);
+        let at_once = layout.statistics.filter(|_| pass == Pass::First);
         let measured = match at_once {
             Some(span) => measured(span, slab, &mut scratch.statistics)?,
             None => &mut [],
         };
         for tile in tiles(slab, self.cut.tile) {
             stop()?;
-            let x = self.tile_weights(
-                pass,
-                as_slices(&scratch.input),
-                &mut scratch.tile,
-                slab,
-                &tile,
-            )?;
-            let statistics = match at_once {
-                Some(span) => self.measure_tile(span, x, slab, &tile, measured)?,
-                None => statistics,
-            };
-            let mut out = parts_mut(self.target.layout, output, slab, &tile)?;
-            if let Some(recode) = recode {
-                let input = as_slices(&scratch.input);
-                recode(&parts(self.source.layout, input, slab, &tile)?, &mut out);
-            } else {
-                let encoded = self.target.format.encode(
-                    self.target.layout,
-                    tile.start,
-                    x,
-                    statistics,
-                    &mut out,
-                );
-                if let Err(error) = encoded {
-                    self.refuse_nonfinite(tile.start, x)?;
-                    return Err(error);
+            let input = as_slices(&scratch.input);
+            let x = self.tile_weights(pass, input, &mut scratch.tile, slab, &tile)?;
+            let mut out = parts_mut(layout, output, slab, &tile)?;
+            let mut of_tile: &[u8] = statistics;
+            let done = match (self.recoding(), at_once) {
+                (Some(recode), _) => {
+                    recode(&parts(self.source.layout, input, slab, &tile)?, &mut out);
+                    Ok(())
                 }
-            }
+                (None, Some(span)) => {
+                    let place = part_of(measured, span, slab, &tile)?;
+                    let done = format.encode_at_once(layout, tile.start, x, place, &mut out);
+                    of_tile = place;
+                    done
+                }
+                (None, None) => format.encode(layout, tile.start, x, statistics, &mut out),
+            };
+            self.or_not_finite(done, tile.start, x)?;
             if self.verify {
                 let y = resize_weights(&mut scratch.decoded, tile.end - tile.start)?;
                 let encoded = output.each_ref().map(|part| &**part);
-                let packed = parts(self.target.layout, encoded, slab, &tile)?;
-                self.target.format.decode_encoded(
-                    self.target.layout,
-                    tile.start,
-                    &packed,
-                    statistics,
-                    y,
-                )?;
+                let packed = parts(layout, encoded, slab, &tile)?;
+                format.decode_encoded(layout, tile.start, &packed, of_tile, y)?;
                 let wide = resize_weights(&mut scratch.wide, tile.end - tile.start)?;
                 sums.merge(&formats::error_sums(x.widened(kernels::level(), wide), y));
             }
         }
         Ok(sums)
     }
+
+    /// An error that may come of weights that are not finite names them, if there are any.
+    fn or_not_finite(&self, done: Result<()>, first: u64, weights: Weights<'_>) -> Result<()> {
+        if done.is_err() {
+            self.refuse_nonfinite(first, weights)?;
+        }
+        done
+    }
+}
+
+/// The bytes of a tile in the statistics of its slab.
+fn part_of<'m>(
+    measured: &'m mut [u8],
+    span: Span,
+    slab: &Range<u64>,
+    tile: &Range<u64>,
+) -> Result<&'m mut [u8]> {
+    let range = within(span, slab, tile)?;
+    measured
+        .get_mut(range.clone())
+        .ok_or_else(|| outside(&range))
 }
 
 /// Which time it is that somebody looks at weights.

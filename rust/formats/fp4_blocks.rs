@@ -72,32 +72,37 @@ pub fn tensor_scale(most: f32) -> f32 {
     }
 }
 
-/// Codes and scales of whole blocks. As many as fit are widened at a time, if they have to be; the next ones are
-/// asked for meanwhile.
-pub fn encode(level: Level, rule: Rule, weights: Weights<'_>, codes: &mut [u8], scales: &mut [u8]) {
-    if let Weights::F32(weights) = weights {
-        return kernels::encode_fp4_blocks(level, rule, weights, codes, scales);
-    }
-    let mut place = [0f32; WIDENED];
-    let (block, bytes) = rule.sizes();
-    let runs = weights
-        .chunks(WIDENED)
-        .zip(codes.chunks_mut(WIDENED / block * bytes))
-        .zip(scales.chunks_mut(WIDENED / block));
-    for ((weights, codes), scales) in runs {
-        let wide = weights.widened(level, &mut place);
-        weights.ask_behind();
-        kernels::encode_fp4_blocks(level, rule, wide, codes, scales);
+/// Where weights are widened, if they have to be: as many as one call is given.
+pub struct Room([f32; WIDENED]);
+
+impl Default for Room {
+    fn default() -> Self {
+        Room([0.0; WIDENED])
     }
 }
 
-/// As [`encode`]; gives whether the weights are finite, and stops where they are not.
-pub fn encode_finite(
+/// Codes and scales of whole blocks.
+pub fn encode(level: Level, rule: Rule, weights: Weights<'_>, codes: &mut [u8], scales: &mut [u8]) {
+    encode_runs(
+        level,
+        rule,
+        &mut Room::default(),
+        weights,
+        codes,
+        scales,
+        |_| true,
+    );
+}
+
+/// As [`encode`]; `goes_on` is asked before each run whether it is to be encoded, and its answer is given.
+pub fn encode_runs(
     level: Level,
     rule: Rule,
+    room: &mut Room,
     weights: Weights<'_>,
     codes: &mut [u8],
     scales: &mut [u8],
+    goes_on: impl Fn(Weights<'_>) -> bool,
 ) -> bool {
     let (block, bytes) = rule.sizes();
     let runs = weights
@@ -105,10 +110,11 @@ pub fn encode_finite(
         .zip(codes.chunks_mut(WIDENED / block * bytes))
         .zip(scales.chunks_mut(WIDENED / block));
     for ((weights, codes), scales) in runs {
-        if weights.first_nonfinite(level).is_some() {
+        if !goes_on(weights) {
             return false;
         }
-        encode(level, rule, weights, codes, scales);
+        let wide = weights.widened(level, &mut room.0);
+        kernels::encode_fp4_blocks(level, rule, wide, codes, scales);
     }
     true
 }

@@ -17,7 +17,7 @@
 
 use super::rows8::Divisor;
 use super::shared_bytes::put;
-use super::weights::{for_stored, Stored};
+use super::stored::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
     Weights,

@@ -67,6 +67,7 @@ pub mod rows8;
 pub mod scaled;
 mod shared_bytes;
 mod span;
+pub(crate) mod stored;
 #[doc(hidden)]
 pub mod torchao;
 #[doc(hidden)]
@@ -441,10 +442,23 @@ pub trait Format: Sync + Send {
     }
 
     /// Whether a tile is encoded by its own statistics, those of others being needed for
-    /// [`Format::whole`] only. There is one pass then, in which each tile is measured before it is encoded, and
-    /// [`Format::encode`] and [`Format::decode_encoded`] are given the statistics of the tile.
+    /// [`Format::whole`] only. There is one pass then, of [`Format::encode_at_once`], and [`Format::encode`] and
+    /// [`Format::decode_encoded`] are given the statistics of the tile.
     fn measures_at_once(&self) -> bool {
         false
+    }
+
+    /// Measures a tile and encodes it. Formats that do both in one loop leave out the others.
+    fn encode_at_once(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+        statistics: &mut [u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Result<()> {
+        self.measure(layout, first, weights, statistics)?;
+        self.encode(layout, first, weights, statistics, parts)
     }
 
     /// Between the passes: turns the statistics of the whole tensor into what `encode` needs, and

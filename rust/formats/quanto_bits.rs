@@ -37,9 +37,10 @@
 //!
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
-use super::quanto_groups::{self, Groups, Sharing};
+use super::quanto_groups::{self, Beyond, Groups, Sharing};
 use super::rows8::{self, shortened};
 use super::scaled::read_scale;
+use super::stored::{Brain, Stored};
 use super::{
     Component, Encodes, Exactness, Fold, Format, Info, Layout, Naming, Params, Parts, PartsMut,
     Span, Weights,
@@ -192,10 +193,7 @@ impl Sizes {
         if !self.is_through_middle {
             return shift;
         }
-        // In BF16, as is said where it is decided.
-        let half = shortened::<16>(8.0 * scale);
-        let middle = shortened::<16>(half - shift);
-        shortened::<16>(half - middle)
+        through_middle(scale, shift)
     }
 
     /// Scale and shift number `number` of the statistics.
@@ -206,6 +204,13 @@ impl Sizes {
         let (scale, shift) = bytes.ok_or_else(cut_short)?.split_at(pair as usize / 2);
         Ok((read_scale(self.dtype, scale), read_scale(self.dtype, shift)))
     }
+}
+
+/// The shift that remains of `shift` in BF16 once it was the middle of the range.
+fn through_middle(scale: f32, shift: f32) -> f32 {
+    let half = shortened::<16>(8.0 * scale);
+    let middle = shortened::<16>(half - shift);
+    shortened::<16>(half - middle)
 }
 
 fn cut_short() -> Error {
@@ -303,69 +308,36 @@ impl Format for QuantoBits {
         Fold::new(sizes.group, sizes.groups, self.parts())
     }
 
-    fn measure(
+    fn encode_at_once(
         &self,
         layout: &Layout,
         first: u64,
         weights: Weights<'_>,
         statistics: &mut [u8],
-    ) -> Result<()> {
-        let sizes = self.sizes_of(layout)?;
-        let groups = sizes.groups(self.bits, sizes.scaled)?;
-        let level = kernels::level();
-        let Some(number) = quanto_groups::measure(level, groups, weights, statistics) else {
-            return Ok(());
-        };
-        let (_, rest) = weights.split_at(number * groups.size);
-        let (least, greatest) = rest.split_at(groups.size).0.range();
-        let index = first + number as u64 * sizes.scaled;
-        let index = self.fold(layout).map_or(index, |fold| fold.weight(index));
-        Err(Error::format(format!(
-            "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that {} does not hold",
-            self.info.name,
-            index + sizes.scaled,
-            sizes.dtype
-        )))
-    }
-
-    fn encode(
-        &self,
-        layout: &Layout,
-        first: u64,
-        weights: Weights<'_>,
-        statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
         let sizes = self.sizes_of(layout)?;
         let [codes, ..] = parts;
-        if sizes.scaled == 1 {
-            codes.fill(0);
-            return Ok(());
-        }
-        let (fold, number) = (self.fold(layout), first / sizes.group);
-        let groups = sizes.groups(self.bits, sizes.group)?;
-        let level = kernels::level();
-        let pairs = statistics;
-        if fold.is_some() {
-            let sharing = Sharing::Neighbours;
-            quanto_groups::encode(level, groups, sharing, weights, pairs, codes);
-            return Ok(());
-        }
-        codes.fill(0);
-        let pairs = pairs.chunks(shape::to_usize(2 * sizes.scale_bytes())?);
-        for ((index, weights), pair) in (0..).zip(weights.chunks_exact(groups.size)).zip(pairs) {
-            let (row, bit) = self.place(fold, &sizes, number, index);
-            let start = shape::to_usize(row)? * groups.size;
-            let codes = codes
-                .get_mut(start..start + groups.size)
-                .ok_or_else(cut_short)?;
-            let sharing = Sharing::Others(bit);
-            quanto_groups::encode(level, groups, sharing, weights, pair, codes);
-        }
-        Ok(())
+        self.encode_tile(layout, &sizes, first, weights, statistics, codes)?
+            .map_err(|Beyond(number)| {
+                let (_, rest) = weights.split_at(number * sizes.scaled as usize);
+                let (least, greatest) = rest.split_at(sizes.scaled as usize).0.range();
+                let index = first + number as u64 * sizes.scaled;
+                let index = self.fold(layout).map_or(index, |fold| fold.weight(index));
+                Error::format(format!(
+                    "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that {} does not hold",
+                    self.info.name,
+                    index + sizes.scaled,
+                    sizes.dtype
+                ))
+            })
     }
 
     fn measures_at_once(&self) -> bool {
+        true
+    }
+
+    fn finds_nonfinite(&self) -> bool {
         true
     }
 
@@ -448,22 +420,34 @@ impl Format for QuantoBits {
         if statistics.is_empty() {
             return Ok(whole);
         }
-        let fold = self.fold(layout);
         let mut scales = vec![0; shape::to_usize(sizes.scales)? * bytes];
         let mut shifts = scales.clone();
-        let pairs = statistics.chunks_exact(2 * bytes);
-        for (number, pair) in (0..sizes.scales).zip(pairs) {
-            let (scale, shift) = pair.split_at(bytes);
-            let place = fold.map_or(number, |fold| fold.row(number));
-            let place = shape::to_usize(place)? * bytes;
-            let place = place..place + bytes;
-            let stored = scales.get_mut(place.clone()).ok_or_else(cut_short)?;
-            stored.copy_from_slice(scale);
-            let stored = shifts.get_mut(place).ok_or_else(cut_short)?;
-            stored.copy_from_slice(shift);
-            if sizes.is_through_middle {
-                let [scale, shift] = [scale, shift].map(|bytes| read_scale(sizes.dtype, bytes));
-                rows8::put_number(sizes.dtype, sizes.stored_shift(scale, shift), stored);
+        // Parts that share bytes take turns in the statistics.
+        let parts = match self.fold(layout) {
+            Some(fold) => shape::to_usize(fold.parts())?,
+            None => 1,
+        };
+        let part_bytes = (scales.len() / parts).max(1);
+        let places = scales
+            .chunks_mut(part_bytes)
+            .zip(shifts.chunks_mut(part_bytes));
+        for (part, (scales, shifts)) in places.enumerate() {
+            let pairs = statistics.chunks_exact(2 * bytes).skip(part).step_by(parts);
+            let places = scales
+                .chunks_exact_mut(bytes)
+                .zip(shifts.chunks_exact_mut(bytes));
+            for (pair, (scale, shift)) in pairs.zip(places) {
+                let (first, second) = pair.split_at(bytes);
+                scale.copy_from_slice(first);
+                shift.copy_from_slice(second);
+            }
+        }
+        if sizes.is_through_middle {
+            for (scale, shift) in scales.chunks_exact(2).zip(shifts.chunks_exact_mut(2)) {
+                Brain::write(
+                    through_middle(Brain::read(scale), Brain::read(shift)),
+                    shift,
+                );
             }
         }
         whole.extend([(1, scales), (2, shifts)]);
@@ -472,6 +456,46 @@ impl Format for QuantoBits {
 }
 
 impl QuantoBits {
+    fn encode_tile(
+        &self,
+        layout: &Layout,
+        sizes: &Sizes,
+        first: u64,
+        weights: Weights<'_>,
+        pairs: &mut [u8],
+        codes: &mut [u8],
+    ) -> Result<std::result::Result<(), Beyond>> {
+        if sizes.scaled == 1 {
+            codes.fill(0);
+            let groups = sizes.groups(self.bits, 1)?;
+            return Ok(quanto_groups::measure(groups, weights, pairs));
+        }
+        let groups = sizes.groups(self.bits, sizes.group)?;
+        let level = kernels::level();
+        let fold = self.fold(layout);
+        if fold.is_some() {
+            let sharing = Sharing::Neighbours;
+            return Ok(quanto_groups::encode(
+                level, groups, sharing, weights, pairs, codes,
+            ));
+        }
+        codes.fill(0);
+        let number = first / sizes.group;
+        let pairs = pairs.chunks_exact_mut(shape::to_usize(2 * sizes.scale_bytes())?);
+        for (index, (weights, pair)) in weights.chunks_exact(groups.size).zip(pairs).enumerate() {
+            let (row, bit) = self.place(fold, sizes, number, index as u64);
+            let start = shape::to_usize(row)? * groups.size;
+            let codes = codes
+                .get_mut(start..start + groups.size)
+                .ok_or_else(cut_short)?;
+            let sharing = Sharing::Others(bit);
+            if quanto_groups::encode(level, groups, sharing, weights, pair, codes).is_err() {
+                return Ok(Err(Beyond(index)));
+            }
+        }
+        Ok(Ok(()))
+    }
+
     /// Weights of the codes that begin at bit `bit` of each byte.
     fn take(&self, codes: &[u8], bit: u32, scale: f32, shift: f32, weights: &mut [f32]) {
         let mask = (1u8 << self.bits) - 1;

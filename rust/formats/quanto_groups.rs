@@ -5,7 +5,8 @@
 
 use super::rows8::{shortened, Divisor, TO_WHOLE};
 use super::shared_bytes;
-use super::weights::{for_stored, Brain, Half, Single, Stored, Weights};
+use super::stored::{for_computed, for_stored, Stored};
+use super::weights::Weights;
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
 
@@ -37,244 +38,152 @@ pub enum Sharing {
     Others(u32),
 }
 
-/// Pairs of whole groups; gives the number of a group whose range the type does not hold, if there is one.
-pub fn measure(
-    level: Level,
-    groups: Groups,
-    weights: Weights<'_>,
-    pairs: &mut [u8],
-) -> Option<usize> {
-    kernels::measure_groups(level, groups, weights, pairs)
-}
+/// A group whose range the type does not hold, or whose weights are not finite, by its number in the call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beyond(pub usize);
 
-/// Codes of whole groups with these pairs.
+/// Pairs and codes of whole groups.
 pub fn encode(
     level: Level,
     groups: Groups,
     sharing: Sharing,
     weights: Weights<'_>,
-    pairs: &[u8],
-    codes: &mut [u8],
-) {
-    kernels::encode_shared_groups(level, groups, sharing, weights, pairs, codes);
-}
-
-/// A number in the type of scales and shifts.
-trait Computed: Stored {
-    /// Bits that its fraction has less than that of F32.
-    const DROPPED: u32;
-    const BYTES: usize;
-
-    fn read(bytes: &[u8]) -> f32;
-
-    /// `value` rounded to the type, whose bytes go to `place`.
-    fn write(value: f32, place: &mut [u8]) -> f32;
-}
-
-#[inline(always)]
-fn put_bytes<const N: usize>(bytes: [u8; N], place: &mut [u8]) {
-    if let Some(place) = place.first_chunk_mut() {
-        *place = bytes;
-    }
-}
-
-impl Computed for Single {
-    const DROPPED: u32 = 0;
-    const BYTES: usize = 4;
-
-    #[inline(always)]
-    fn read(bytes: &[u8]) -> f32 {
-        f32::from_le_bytes(bytes.first_chunk().copied().unwrap_or_default())
-    }
-
-    #[inline(always)]
-    fn write(value: f32, place: &mut [u8]) -> f32 {
-        put_bytes(value.to_le_bytes(), place);
-        value
-    }
-}
-
-impl Computed for Half {
-    const DROPPED: u32 = 13;
-    const BYTES: usize = 2;
-
-    #[inline(always)]
-    fn read(bytes: &[u8]) -> f32 {
-        Half::value(bytes.first_chunk().copied().unwrap_or_default())
-    }
-
-    #[inline(always)]
-    fn write(value: f32, place: &mut [u8]) -> f32 {
-        let rounded = half::f16::from_f32(value);
-        put_bytes(rounded.to_le_bytes(), place);
-        rounded.to_f32()
-    }
-}
-
-impl Computed for Brain {
-    const DROPPED: u32 = 16;
-    const BYTES: usize = 2;
-
-    #[inline(always)]
-    fn read(bytes: &[u8]) -> f32 {
-        Brain::value(bytes.first_chunk().copied().unwrap_or_default())
-    }
-
-    #[inline(always)]
-    fn write(value: f32, place: &mut [u8]) -> f32 {
-        let rounded = shortened::<16>(value);
-        put_bytes(((rounded.to_bits() >> 16) as u16).to_le_bytes(), place);
-        rounded
-    }
-}
-
-/// Calls a function for the type that is computed in.
-macro_rules! for_computed {
-    ($dtype:expr, |$computed:ident| $call:expr) => {
-        match $dtype {
-            Dtype::F16 => {
-                type $computed = Half;
-                $call
-            }
-            Dtype::BF16 => {
-                type $computed = Brain;
-                $call
-            }
-            _ => {
-                type $computed = Single;
-                $call
-            }
-        }
-    };
-}
-
-#[inline(always)]
-pub(crate) fn measure_body(
-    groups: Groups,
-    weights: Weights<'_>,
     pairs: &mut [u8],
-) -> Option<usize> {
+    codes: &mut [u8],
+) -> Result<(), Beyond> {
+    kernels::encode_shared_groups(level, groups, sharing, weights, pairs, codes)
+}
+
+/// Pairs of whole groups.
+pub fn measure(groups: Groups, weights: Weights<'_>, pairs: &mut [u8]) -> Result<(), Beyond> {
     for_stored!(weights, |weights: Type| for_computed!(
         groups.dtype,
         |Computed| measure_of::<Type, Computed>(groups, weights, pairs)
     ))
 }
 
-#[inline(always)]
-fn measure_of<S: Stored, C: Computed>(
+fn measure_of<S: Stored, C: Stored>(
     groups: Groups,
     weights: &[S::Bytes],
     pairs: &mut [u8],
-) -> Option<usize> {
-    let most = groups.most();
+) -> Result<(), Beyond> {
     let pairs = pairs.chunks_exact_mut(2 * C::BYTES);
-    let mut beyond = None;
     for (number, (weights, pair)) in weights.chunks_exact(groups.size).zip(pairs).enumerate() {
-        let (least, greatest) = S::range(weights);
-        let (scale, shift) = pair.split_at_mut(C::BYTES);
-        let range = C::write(greatest - least, scale);
-        if range.is_infinite() {
-            beyond = beyond.or(Some(number));
-        }
-        C::write(range / most, scale);
-        C::write(-least, shift);
+        Pair::of::<S, C>(groups.most(), weights, pair).ok_or(Beyond(number))?;
     }
-    beyond
+    Ok(())
 }
 
-/// With `FMA` as [`rows8::encode_body`].
+/// Scale and shift of a group.
+#[derive(Clone, Copy, Default)]
+struct Pair {
+    scale: f32,
+    shift: f32,
+}
+
+impl Pair {
+    /// Those of some weights, rounded to `C`, whose bytes go to `place`.
+    #[inline(always)]
+    fn of<S: Stored, C: Stored>(most: f32, weights: &[S::Bytes], place: &mut [u8]) -> Option<Self> {
+        let (least, greatest) = S::range(weights);
+        let (scale, shift) = place.split_at_mut(C::BYTES);
+        let exact = greatest - least;
+        let range = C::write(exact, scale);
+        (exact.is_finite() && range.is_finite()).then(|| Pair {
+            scale: C::write(range / most, scale),
+            shift: C::write(-least, shift),
+        })
+    }
+}
+
+/// With `FMA` as [`super::rows8::encode_body`].
 #[inline(always)]
 pub(crate) fn encode_body<const FMA: bool>(
     groups: Groups,
     sharing: Sharing,
     weights: Weights<'_>,
-    pairs: &[u8],
+    pairs: &mut [u8],
     codes: &mut [u8],
-) {
+) -> Result<(), Beyond> {
     for_stored!(weights, |weights: Type| for_computed!(
         groups.dtype,
-        |Computed| {
-            let run = Run::<Type, Computed>::new(groups, weights, pairs);
-            match (sharing, groups.bits) {
-                (Sharing::Others(bit), _) => run.encode::<FMA, true, 1>(bit, codes),
-                (Sharing::Neighbours, 4) => run.encode::<FMA, false, 2>(0, codes),
-                (Sharing::Neighbours, _) => run.encode::<FMA, false, 4>(0, codes),
-            }
+        |Computed| match (sharing, groups.bits) {
+            (Sharing::Others(bit), _) =>
+                encode_of::<Type, Computed, FMA, true, 1>(groups, bit, weights, pairs, codes),
+            (Sharing::Neighbours, 4) =>
+                encode_of::<Type, Computed, FMA, false, 2>(groups, 0, weights, pairs, codes),
+            (Sharing::Neighbours, _) =>
+                encode_of::<Type, Computed, FMA, false, 4>(groups, 0, weights, pairs, codes),
         }
-    ));
+    ))
 }
 
-/// What is encoded.
-struct Run<'a, S: Stored, C: Computed> {
-    groups: Groups,
-    weights: &'a [S::Bytes],
-    pairs: &'a [u8],
-    computed: std::marker::PhantomData<C>,
-}
-
-impl<'a, S: Stored, C: Computed> Run<'a, S, C> {
-    #[inline(always)]
-    fn new(groups: Groups, weights: &'a [S::Bytes], pairs: &'a [u8]) -> Self {
-        Run {
-            groups,
-            weights,
-            pairs,
-            computed: std::marker::PhantomData,
-        }
-    }
-
-    /// `PARTS` groups share their bytes, the codes of the first beginning at bit `bit`; with `KEEP`, beside
-    /// what is there.
-    #[inline(always)]
-    fn encode<const FMA: bool, const KEEP: bool, const PARTS: usize>(
-        &self,
-        bit: u32,
-        codes: &mut [u8],
-    ) {
-        let Groups { bits, size, .. } = self.groups;
-        let most = self.groups.most();
-        let runs = self
-            .weights
-            .chunks_exact(size * PARTS)
-            .zip(self.pairs.chunks_exact(2 * C::BYTES * PARTS))
-            .zip(codes.chunks_exact_mut(size));
-        for ((weights, pairs), codes) in runs {
-            let (mut scales, mut shifts) = ([0f32; PARTS], [0f32; PARTS]);
-            let pairs = pairs.chunks_exact(2 * C::BYTES);
-            for ((scale, shift), pair) in scales.iter_mut().zip(&mut shifts).zip(pairs) {
-                let (first, second) = pair.split_at(C::BYTES);
-                (*scale, *shift) = (C::read(first), C::read(second));
-            }
-            let bit = |part: usize| bit + part as u32 * bits;
-            let parts = std::array::from_fn(|part| weights.get(part * size..).unwrap_or_default());
-            if FMA && scales.iter().all(|&scale| Divisor::serves(scale)) {
-                let divisors = scales.map(Divisor::new);
-                shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
-                    let sum = shorten::<C>(weight + shifts[part]);
-                    nearest(shorten::<C>(divisors[part].divide(sum)), most)
-                });
-            } else {
-                shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
-                    let sum = shorten::<C>(weight + shifts[part]);
-                    nearest(shorten::<C>(sum / scales[part]), most)
-                });
-            }
-        }
-    }
-}
-
-/// `value` rounded to the type, unless it is subnormal there.
+/// `PARTS` groups share their bytes, the codes of the first beginning at bit `first_bit`; with `KEEP`, beside
+/// what is there.
 #[inline(always)]
-fn shorten<C: Computed>(value: f32) -> f32 {
-    match C::DROPPED {
-        13 => shortened::<13>(value),
-        16 => shortened::<16>(value),
-        _ => value,
+fn encode_of<S: Stored, C: Stored, const FMA: bool, const KEEP: bool, const PARTS: usize>(
+    groups: Groups,
+    first_bit: u32,
+    weights: &[S::Bytes],
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> Result<(), Beyond> {
+    let Groups { bits, size, .. } = groups;
+    let most = groups.most();
+    let runs = weights
+        .chunks_exact(size * PARTS)
+        .zip(pairs.chunks_exact_mut(2 * C::BYTES * PARTS))
+        .zip(codes.chunks_exact_mut(size));
+    for (number, ((weights, places), codes)) in runs.enumerate() {
+        let mut pairs = [Pair::default(); PARTS];
+        let places = places.chunks_exact_mut(2 * C::BYTES);
+        let found = pairs.iter_mut().zip(weights.chunks_exact(size)).zip(places);
+        for (part, ((pair, weights), place)) in found.enumerate() {
+            let beyond = Beyond(number * PARTS + part);
+            *pair = Pair::of::<S, C>(most, weights, place).ok_or(beyond)?;
+        }
+        let bit = |part: usize| first_bit + part as u32 * bits;
+        let parts = std::array::from_fn(|part| weights.get(part * size..).unwrap_or_default());
+        if FMA && pairs.iter().all(|pair| Divisor::serves(pair.scale)) {
+            let divisors = pairs.map(|pair| (Divisor::new(pair.scale), pair.shift));
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
+                let (divisor, shift) = divisors[part];
+                let sum = C::rounded(weight + shift);
+                nearest_of_normal::<C>(C::rounded(divisor.divide(sum)), most)
+            });
+        } else {
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
+                let Pair { scale, shift } = pairs[part];
+                let sum = shorten::<C>(weight + shift);
+                nearest(shorten::<C>(sum / scale), most)
+            });
+        }
     }
+    Ok(())
 }
 
 /// The nearest whole number up to `most`, ties to even; 0 for what is no number.
 #[inline(always)]
 fn nearest(value: f32, most: f32) -> u8 {
     (value.max(0.0).min(most) + TO_WHOLE).to_bits() as u8
+}
+
+/// As [`nearest`], for quotients by a scale that is a normal number: no weight is less than the least, and what
+/// roundings took from the scale is less than half a code. Scales of F16 may be subnormal.
+#[inline(always)]
+fn nearest_of_normal<C: Stored>(value: f32, most: f32) -> u8 {
+    match C::DROPPED {
+        13 => nearest(value, most),
+        _ => (value + TO_WHOLE).to_bits() as u8,
+    }
+}
+
+/// `value` rounded to the type, unless it is subnormal there.
+#[inline(always)]
+fn shorten<C: Stored>(value: f32) -> f32 {
+    match C::DROPPED {
+        13 => shortened::<13>(value),
+        16 => shortened::<16>(value),
+        _ => value,
+    }
 }

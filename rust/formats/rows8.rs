@@ -12,7 +12,8 @@
 
 use half::{bf16, f16};
 
-use super::weights::{for_stored, Stored, Weights};
+use super::stored::{for_stored, Brain, Half, Stored};
+use super::weights::Weights;
 use crate::dtype::Dtype;
 use crate::float8::{of_e4m3, to_e4m3};
 use crate::kernels::{self, Level};
@@ -229,10 +230,10 @@ fn quotients<S: Stored>(
 ) {
     match dtype {
         Dtype::F16 => each::<S, 64>(weights, codes, ahead, |weight| {
-            nearest(shortened::<13>(divide(weight)), weight)
+            nearest(Half::rounded(divide(weight)), weight)
         }),
         Dtype::BF16 => each::<S, 64>(weights, codes, ahead, |weight| {
-            nearest(shortened::<16>(divide(weight)), weight)
+            nearest(Brain::rounded(divide(weight)), weight)
         }),
         _ => each::<S, 64>(weights, codes, ahead, |weight| {
             nearest(divide(weight), weight)

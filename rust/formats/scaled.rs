@@ -33,7 +33,7 @@
 //! `fp8:tensor` are what compressed-tensors and others store, and are decoded only.
 
 use super::rows8::{self, Codes, Scaling};
-use super::weights::{for_stored, Stored};
+use super::stored::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
     Weights,

@@ -1,6 +1,6 @@
 //! Codes of less than a byte, those of weights that lie apart together in one byte.
 
-use super::weights::Stored;
+use super::stored::Stored;
 use crate::kernels;
 
 /// Bytes that are put together from whole vectors.

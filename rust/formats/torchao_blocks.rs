@@ -40,7 +40,7 @@
 //! Peer: torchao 0.18.0 on CPU (`NVFP4WeightOnlyConfig`; `MXDynamicActivationMXWeightConfig`, whose scales
 //! are those of `ScaleCalculationMode.RCEIL`).
 
-use super::fp4_blocks::{self, Rule, Scales};
+use super::fp4_blocks::{self, Room, Rule, Scales};
 use super::rows8::{self, Codes};
 use super::scaled::{most_measured, put_magnitudes, MAGNITUDES};
 use super::{
@@ -225,9 +225,9 @@ impl Format for Swizzled {
         _statistics: &[u8],
         parts: &mut PartsMut<'_>,
     ) -> Result<()> {
-        let tensor_scale = layout.params.tensor_scale;
         let sizes = Sizes::of(self.kind, layout)?;
-        let level = kernels::level();
+        let tensor_scale = layout.params.tensor_scale;
+        let mut encoder = RowEncoder::new(kernels::level(), self.kind, tensor_scale);
         let [codes, scales, ..] = parts;
         scales.fill(0);
         let runs = weights
@@ -239,7 +239,7 @@ impl Format for Swizzled {
                 .chunks_exact(sizes.row_weights)
                 .zip(codes.chunks_exact_mut(sizes.row_codes));
             for (row, (weights, codes)) in rows.enumerate() {
-                if !encode_row(level, self.kind, tensor_scale, row, weights, codes, scales) {
+                if !encoder.encode(row, weights, codes, scales) {
                     return Err(self.not_finite());
                 }
             }
@@ -325,42 +325,63 @@ fn places(row: usize) -> impl Iterator<Item = usize> {
     (0..).map(move |block| block / 4 * 512 + first + block % 4)
 }
 
-/// Encodes row `row` of a row of tiles: all its codes, and its part of the scales of the tiles. Gives whether
-/// the weights are finite, for formats that have not gone over them before.
-pub fn encode_row(
+/// What encodes rows of tiles.
+pub struct RowEncoder {
     level: Level,
     kind: Kind,
-    tensor_scale: f32,
-    row: usize,
-    weights: Weights<'_>,
-    codes: &mut [u8],
-    scales: &mut [u8],
-) -> bool {
-    let (block, bytes) = kind.sizes();
-    let rule = match kind {
-        Kind::NvFp4 => Rule::TorchAoNvFp4 { tensor_scale },
-        Kind::MxFp8 => Rule::TorchAoMxFp8,
-        Kind::MxFp4 => Rule::TorchAoMxFp4,
-    };
-    let mut places = places(row);
-    let mut run = [0; RUN_BLOCKS];
-    let runs = weights
-        .chunks(block * RUN_BLOCKS)
-        .zip(codes.chunks_mut(bytes * RUN_BLOCKS));
-    for (weights, codes) in runs {
-        if kind == Kind::NvFp4 {
-            fp4_blocks::encode(level, rule, weights, codes, &mut run);
-        } else if !fp4_blocks::encode_finite(level, rule, weights, codes, &mut run) {
-            return false;
-        }
-        let count = weights.len() / block;
-        for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
-            if let Some(byte) = scales.get_mut(place) {
-                *byte = *scale;
-            }
+    rule: Rule,
+    room: Room,
+}
+
+impl RowEncoder {
+    pub fn new(level: Level, kind: Kind, tensor_scale: f32) -> Self {
+        let rule = match kind {
+            Kind::NvFp4 => Rule::TorchAoNvFp4 { tensor_scale },
+            Kind::MxFp8 => Rule::TorchAoMxFp8,
+            Kind::MxFp4 => Rule::TorchAoMxFp4,
+        };
+        RowEncoder {
+            level,
+            kind,
+            rule,
+            room: Room::default(),
         }
     }
-    true
+
+    /// Encodes row `row` of a row of tiles: all its codes, and its part of the scales of the tiles. Gives
+    /// whether the weights are finite, for formats that have not gone over them before.
+    pub fn encode(
+        &mut self,
+        row: usize,
+        weights: Weights<'_>,
+        codes: &mut [u8],
+        scales: &mut [u8],
+    ) -> bool {
+        let (level, kind) = (self.level, self.kind);
+        let (block, bytes) = kind.sizes();
+        let mut places = places(row);
+        let mut run = [0; RUN_BLOCKS];
+        let runs = weights
+            .chunks(block * RUN_BLOCKS)
+            .zip(codes.chunks_mut(bytes * RUN_BLOCKS));
+        let is_encoded =
+            |run: Weights<'_>| kind == Kind::NvFp4 || run.first_nonfinite(level).is_none();
+        for (weights, codes) in runs {
+            let room = &mut self.room;
+            if !fp4_blocks::encode_runs(
+                level, self.rule, room, weights, codes, &mut run, is_encoded,
+            ) {
+                return false;
+            }
+            let count = weights.len() / block;
+            for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
+                if let Some(byte) = scales.get_mut(place) {
+                    *byte = *scale;
+                }
+            }
+        }
+        true
+    }
 }
 
 /// Decodes row `row` of a row of tiles.
@@ -433,7 +454,7 @@ mod tests {
 
         let mut codes = vec![0; blocks * 8];
         let mut scales = vec![0; blocks.div_ceil(4) * 512];
-        encode_row(level, Kind::NvFp4, 0.2, 40, all, &mut codes, &mut scales);
+        RowEncoder::new(level, Kind::NvFp4, 0.2).encode(40, all, &mut codes, &mut scales);
         assert_eq!(codes, expected.0);
         let placed: Vec<u8> = places(40).take(blocks).map(|at| scales[at]).collect();
         assert_eq!(placed, expected.1);
@@ -459,7 +480,9 @@ mod tests {
                 let encoded = |level| {
                     let mut codes = vec![0u8; columns / kind.per_byte() as usize];
                     let mut scales = vec![0u8; columns.div_ceil(64) * 512];
-                    encode_row(level, kind, tensor_scale, row, Weights::F32(&weights), &mut codes, &mut scales);
+                    let given = Weights::F32(&weights);
+                    let mut encoder = RowEncoder::new(level, kind, tensor_scale);
+                    encoder.encode(row, given, &mut codes, &mut scales);
                     (codes, scales)
                 };
                 let expected = encoded(Level::SCALAR);

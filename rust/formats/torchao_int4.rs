@@ -37,7 +37,7 @@
 
 use super::rows8::{self, Divisor, TO_WHOLE};
 use super::scaled::read_scale;
-use super::weights::{for_stored, Stored};
+use super::stored::{for_computed, for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
     Weights,
@@ -71,9 +71,6 @@ const LEAST_RANGE: f32 = 1e-6;
 const MOST: f32 = 15.0;
 /// The code that stands for the zero point, counted likewise.
 const MIDDLE: f32 = 8.0;
-
-/// Codes that are found before they are put together.
-const RUN: usize = 256;
 
 /// How a weight is divided.
 struct Sizes {
@@ -118,26 +115,31 @@ struct Steps {
 }
 
 impl Steps {
-    /// Those of finite weights. Their step is infinite where `f32` does not hold the range.
+    /// Those of weights in this range. Their step is infinite where `f32` does not hold the range, or weights are not finite.
     #[inline(always)]
-    fn of(weights: Weights<'_>) -> Self {
-        let (least, greatest) = weights.range();
+    fn between((least, greatest): (f32, f32)) -> Self {
+        let range = greatest - least;
+        let range = match range.is_finite() {
+            true => range.max(LEAST_RANGE),
+            false => f32::INFINITY,
+        };
         Steps {
             least,
-            step: (greatest - least).max(LEAST_RANGE) / MOST,
+            step: range / MOST,
             is_zero: least == 0.0 && greatest == 0.0,
         }
     }
 
-    /// Scale and zero point in the type `dtype`.
+    /// Puts scale and zero point to `pair`, in the type `C`.
     #[inline(always)]
-    fn stored(self, dtype: Dtype) -> (f32, f32) {
-        let scale = rows8::round_to(dtype, self.step);
+    fn store<C: Stored>(self, pair: &mut [u8]) {
+        let (scale_place, zero_place) = pair.split_at_mut(C::BYTES);
+        let scale = C::write(self.step, scale_place);
         let zero = match self.is_zero {
             true => MIDDLE * scale,
-            false => rows8::round_to(dtype, self.least + MIDDLE * self.step),
+            false => self.least + MIDDLE * self.step,
         };
-        (scale, zero)
+        C::write(zero, zero_place);
     }
 }
 
@@ -209,50 +211,36 @@ impl Format for Int4 {
         (component > 0 && array.span.is_sliced()).then(|| array.dtype.alignment())
     }
 
-    fn measure(
+    fn encode_at_once(
         &self,
         layout: &Layout,
         first: u64,
         weights: Weights<'_>,
         statistics: &mut [u8],
+        parts: &mut PartsMut<'_>,
     ) -> Result<()> {
-        let sizes = Sizes::of(layout)?;
-        let done = kernels::measure_pairs(
-            kernels::level(),
-            sizes.group,
-            sizes.dtype,
-            weights,
-            statistics,
-        );
-        if done * sizes.group >= weights.len() {
+        let Sizes { group, dtype, .. } = Sizes::of(layout)?;
+        let [codes, ..] = parts;
+        let level = kernels::level();
+        let done = kernels::encode_pairs(level, group, dtype, weights, statistics, codes);
+        if done * group >= weights.len() {
             return Ok(());
         }
-        let (_, rest) = weights.split_at(done * sizes.group);
-        let (group, _) = rest.split_at(sizes.group);
-        let (least, greatest) = group.range();
-        let index = first + (done * sizes.group) as u64;
+        let (_, rest) = weights.split_at(done * group);
+        let (least, greatest) = rest.split_at(group).0.range();
+        let index = first + (done * group) as u64;
         Err(Error::format(format!(
             "{}: weights {index}..{} are from {least:e} to {greatest:e}, a range that F32 does not hold",
             INFO.name,
-            index + sizes.group as u64,
+            index + group as u64,
         )))
     }
 
-    fn encode(
-        &self,
-        layout: &Layout,
-        _first: u64,
-        weights: Weights<'_>,
-        _statistics: &[u8],
-        parts: &mut PartsMut<'_>,
-    ) -> Result<()> {
-        let sizes = Sizes::of(layout)?;
-        let [codes, ..] = parts;
-        kernels::put_pairs(kernels::level(), sizes.group, weights, codes);
-        Ok(())
+    fn measures_at_once(&self) -> bool {
+        true
     }
 
-    fn measures_at_once(&self) -> bool {
+    fn finds_nonfinite(&self) -> bool {
         true
     }
 
@@ -343,116 +331,78 @@ fn take_groups<'p>(
     }
 }
 
-/// Scale and zero point of whole groups of `size` weights, and how many groups; it ends where a scale would be
-/// infinite.
+/// Codes of whole groups of `size` weights, two to a byte, and `pairs` of scale and zero point in the type
+/// `dtype`. Gives the number of groups; it ends where a scale would not be finite. With `FMA` as
+/// [`rows8::encode_body`].
 #[inline(always)]
-pub(crate) fn measure_body(
+pub(crate) fn encode_body<const FMA: bool>(
     size: usize,
     dtype: Dtype,
     weights: Weights<'_>,
     pairs: &mut [u8],
+    codes: &mut [u8],
 ) -> usize {
-    let bytes = if dtype == Dtype::F32 { 4 } else { 2 };
+    for_stored!(weights, |weights: Type| for_computed!(dtype, |Computed| {
+        encode_of::<Type, Computed, FMA>(size, weights, pairs, codes)
+    }))
+}
+
+#[inline(always)]
+fn encode_of<S: Stored, C: Stored, const FMA: bool>(
+    size: usize,
+    weights: &[S::Bytes],
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
     let groups = weights
         .chunks_exact(size)
-        .zip(pairs.chunks_exact_mut(2 * bytes));
+        .zip(codes.chunks_exact_mut(size / 2))
+        .zip(pairs.chunks_exact_mut(2 * C::BYTES));
     let mut done = 0;
-    for (weights, pair) in groups {
-        let steps = Steps::of(weights);
-        if steps.step.is_infinite() {
+    for ((weights, codes), pair) in groups {
+        let steps = Steps::between(S::range(weights));
+        let Steps { least, step, .. } = steps;
+        if !step.is_finite() {
             break;
         }
-        let (scale, zero) = steps.stored(dtype);
-        let (scale_place, zero_place) = pair.split_at_mut(bytes);
-        rows8::put_number(dtype, scale, scale_place);
-        rows8::put_number(dtype, zero, zero_place);
+        steps.store::<C>(pair);
+        if FMA && Divisor::serves(step) {
+            let divisor = Divisor::new(step);
+            put_pairs::<S>(weights, codes, |weight| divisor.divide(weight - least));
+        } else {
+            put_pairs::<S>(weights, codes, |weight| (weight - least) / step);
+        }
         done += 1;
     }
     done
 }
 
-/// Codes of whole groups of `size` weights, two to a byte. With `FMA` as [`rows8::encode_body`].
 #[inline(always)]
-pub(crate) fn put_body<const FMA: bool>(size: usize, weights: Weights<'_>, codes: &mut [u8]) {
-    // A byte for each code first: loops that do one thing become vectors.
-    let mut found = [0; RUN];
-    let size = size.max(2);
-    let together = match size < RUN {
-        true => RUN / size * size,
-        false => size,
+fn put_pairs<S: Stored>(weights: &[S::Bytes], codes: &mut [u8], quotient: impl Fn(f32) -> f32) {
+    let code = |pair: [S::Bytes; 2]| {
+        let [low, high] = S::pair(pair).map(|weight| nearest(quotient(weight)));
+        // Codes are counted from 0; less 8 is the highest bit turned round.
+        ((low | high << 4) ^ 0x88) as u8
     };
-    for (weights, codes) in weights.chunks(together).zip(codes.chunks_mut(together / 2)) {
-        if size <= RUN {
-            for (group, found) in weights.chunks(size).zip(found.chunks_mut(size)) {
-                number::<FMA>(Steps::of(group), group, found);
-            }
-            join(&found, codes);
-            continue;
-        }
-        let steps = Steps::of(weights);
-        for (weights, codes) in weights.chunks(RUN).zip(codes.chunks_mut(RUN / 2)) {
-            number::<FMA>(steps, weights, &mut found);
-            join(&found, codes);
+    // Runs of a fixed length, so that bytes are put together from whole vectors.
+    let (pairs, _) = weights.as_chunks::<2>();
+    let (runs, rest) = pairs.as_chunks::<32>();
+    let (places, last) = codes.as_chunks_mut::<32>();
+    for (pairs, places) in runs.iter().zip(places) {
+        for (place, pair) in places.iter_mut().zip(pairs) {
+            *place = code(*pair);
         }
     }
-}
-
-/// A byte for the code of each of some weights of a group.
-#[inline(always)]
-fn number<const FMA: bool>(steps: Steps, weights: Weights<'_>, found: &mut [u8]) {
-    let Steps { least, step, .. } = steps;
-    if FMA && Divisor::serves(step) {
-        let divisor = Divisor::new(step);
-        for_stored!(weights, |weights: Type| {
-            each(weights, found, |weight| {
-                divisor.divide(Type::value(weight) - least)
-            })
-        });
-    } else {
-        for_stored!(weights, |weights: Type| {
-            each(weights, found, |weight| {
-                (Type::value(weight) - least) / step
-            })
-        });
-    }
-}
-
-#[inline(always)]
-fn each<B: Copy>(weights: &[B], found: &mut [u8], quotient: impl Fn(B) -> f32) {
-    let count = weights.len().min(found.len());
-    let (found, _) = found.split_at_mut(count);
-    let (runs, rest) = weights.as_chunks::<32>();
-    let (places, last) = found.as_chunks_mut::<32>();
-    for (weights, places) in runs.iter().zip(places) {
-        for (place, &weight) in places.iter_mut().zip(weights) {
-            *place = nearest(quotient(weight));
-        }
-    }
-    for (place, &weight) in last.iter_mut().zip(rest) {
-        *place = nearest(quotient(weight));
-    }
-}
-
-/// Two codes to a byte, as many as `codes` holds.
-#[inline(always)]
-fn join(found: &[u8], codes: &mut [u8]) {
-    for (code, pair) in codes.iter_mut().zip(found.as_chunks().0) {
-        *code = joined(*pair);
+    for (place, pair) in last.iter_mut().zip(rest) {
+        *place = code(*pair);
     }
 }
 
 /// The nearest whole number, ties to even. It is one from 0 to 15: no weight is less than the least, or further
 /// from it than 15 steps and what rounding the step took from it.
 #[inline(always)]
-fn nearest(quotient: f32) -> u8 {
-    (quotient + TO_WHOLE).to_bits() as u8
-}
-
-/// A byte of two codes that are counted from 0; less 8 is the highest bit turned round.
-#[inline(always)]
-fn joined(pair: [u8; 2]) -> u8 {
-    let both = u16::from_le_bytes(pair);
-    (both | both >> 4) as u8 ^ 0x88
+fn nearest(quotient: f32) -> u32 {
+    (quotient + TO_WHOLE).to_bits() & 15
 }
 
 /// Weights of one group.
@@ -480,8 +430,9 @@ mod tests {
         }
         // Whole numbers from -8 to 7 are their own codes.
         for level in Level::available() {
-            let mut again = vec![0; 256];
-            kernels::put_pairs(level, 512, Weights::F32(&weights), &mut again);
+            let (mut again, mut pair) = (vec![0; 256], [0; 8]);
+            let given = Weights::F32(&weights);
+            kernels::encode_pairs(level, 512, Dtype::F32, given, &mut pair, &mut again);
             assert_eq!(again, codes);
         }
     }
@@ -507,8 +458,9 @@ mod tests {
             ] {
                 let made = |level| {
                     let (mut codes, mut pairs) = (vec![0; count / 2], vec![0; count / size * 4]);
-                    kernels::put_pairs(level, size, given, &mut codes);
-                    let done = kernels::measure_pairs(level, size, Dtype::BF16, given, &mut pairs);
+                    let dtype = Dtype::BF16;
+                    let done =
+                        kernels::encode_pairs(level, size, dtype, given, &mut pairs, &mut codes);
                     assert_eq!(done, count / size);
                     let mut decoded = vec![0.0; count];
                     kernels::take_pairs(level, 0.3, -0.1, &codes, &mut decoded);
@@ -523,15 +475,13 @@ mod tests {
     }
 
     #[test]
-    fn a_range_that_is_infinite_is_not_measured() {
+    fn a_range_that_is_infinite_is_not_encoded() {
         let weights = [0.0, 1.0, 3e38, -3e38, 1.0, 2.0];
         for level in Level::available() {
-            let mut pairs = [0; 24];
+            let (mut pairs, mut codes) = ([0; 24], [0; 3]);
             let given = Weights::F32(&weights);
-            assert_eq!(
-                kernels::measure_pairs(level, 2, Dtype::F32, given, &mut pairs),
-                1
-            );
+            let done = kernels::encode_pairs(level, 2, Dtype::F32, given, &mut pairs, &mut codes);
+            assert_eq!(done, 1);
         }
     }
 

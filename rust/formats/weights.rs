@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 use crate::float;
 use crate::kernels::{self, Level};
 
+use super::stored::{for_stored, Stored};
+
 /// Weights in memory order. Those of 16 bits are finite.
 #[derive(Debug, Clone, Copy)]
 pub enum Weights<'a> {
@@ -18,27 +20,6 @@ pub enum Weights<'a> {
     /// Little-endian BF16.
     BF16(&'a [[u8; 2]]),
 }
-
-/// Calls a function for the type that weights are stored in.
-macro_rules! for_stored {
-    ($weights:expr, |$slice:ident: $stored:ident| $call:expr) => {
-        match $weights {
-            $crate::formats::Weights::F32($slice) => {
-                type $stored = $crate::formats::weights::Single;
-                $call
-            }
-            $crate::formats::Weights::F16($slice) => {
-                type $stored = $crate::formats::weights::Half;
-                $call
-            }
-            $crate::formats::Weights::BF16($slice) => {
-                type $stored = $crate::formats::weights::Brain;
-                $call
-            }
-        }
-    };
-}
-pub(crate) use for_stored;
 
 /// Does the same to the slice of any type of weights.
 macro_rules! each_type {
@@ -130,16 +111,6 @@ impl<'a> Weights<'a> {
         for_stored!(self, |weights: Type| Type::range(weights))
     }
 
-    /// Asks for the memory behind these, as much as they have.
-    pub fn ask_behind(self) {
-        for_stored!(self, |weights: Type| {
-            kernels::ahead(
-                weights,
-                std::mem::size_of_val::<[<Type as Stored>::Bytes]>(weights),
-            );
-        });
-    }
-
     /// The slice of numbers, for formats that do not say [`super::Format::takes_stored`].
     pub fn floats(self) -> Result<&'a [f32]> {
         match self {
@@ -180,202 +151,9 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// A type of weights that loops are written for once and compiled for each.
-pub(crate) trait Stored {
-    /// One weight in memory.
-    type Bytes: Copy;
-    /// A magnitude, ordered as the numbers are: bits, positive as a signed number.
-    type Size: Copy + Ord + Default;
-
-    /// Its value, if it is finite.
-    fn value(bytes: Self::Bytes) -> f32;
-
-    /// Its magnitude.
-    fn size(bytes: Self::Bytes) -> Self::Size;
-
-    /// The magnitude as a number; not a finite one if it is not.
-    fn of_size(size: Self::Size) -> f32;
-
-    /// The largest magnitude.
-    #[inline(always)]
-    fn largest_size(weights: &[Self::Bytes]) -> Self::Size {
-        let sizes = weights.iter().map(|&bytes| Self::size(bytes));
-        sizes.fold(Self::Size::default(), Ord::max)
-    }
-
-    /// The largest magnitude as a number.
-    #[inline(always)]
-    fn largest(weights: &[Self::Bytes]) -> f32 {
-        /// What is looked at together, and how many of these lie between that and what is asked for.
-        const RUN: usize = 256;
-        const AHEAD: usize = 4;
-        let (runs, rest) = weights.as_chunks::<RUN>();
-        let largest = runs.iter().fold(Self::largest_size(rest), |largest, run| {
-            kernels::ahead(run, AHEAD * std::mem::size_of_val(run));
-            largest.max(Self::largest_size(run))
-        });
-        Self::of_size(largest)
-    }
-
-    /// Whole numbers that are ordered as finite weights are, −0 before 0.
-    fn order(bytes: Self::Bytes) -> Self::Size;
-
-    /// The number that [`Stored::order`] turns into this one.
-    fn of_order(order: Self::Size) -> f32;
-
-    /// The least and the greatest of finite weights; infinities if there are none.
-    #[inline(always)]
-    fn range(weights: &[Self::Bytes]) -> (f32, f32) {
-        let Some(&first) = weights.first() else {
-            return (f32::INFINITY, f32::NEG_INFINITY);
-        };
-        // One after the other, which the compiler makes vectors of.
-        let (first, orders) = (Self::order(first), || {
-            weights.iter().copied().map(Self::order)
-        });
-        (
-            Self::of_order(orders().fold(first, Ord::min)),
-            Self::of_order(orders().fold(first, Ord::max)),
-        )
-    }
-}
-
-/// [`Stored`] as [`Weights::F32`].
-pub(crate) struct Single;
-/// [`Stored`] as [`Weights::F16`].
-pub(crate) struct Half;
-/// [`Stored`] as [`Weights::BF16`].
-pub(crate) struct Brain;
-
-impl Stored for Single {
-    type Bytes = f32;
-    type Size = i32;
-
-    #[inline(always)]
-    fn value(weight: f32) -> f32 {
-        weight
-    }
-
-    #[inline(always)]
-    fn size(weight: f32) -> i32 {
-        (weight.to_bits() & 0x7fff_ffff).cast_signed()
-    }
-
-    #[inline(always)]
-    fn of_size(size: i32) -> f32 {
-        f32::from_bits(size.cast_unsigned())
-    }
-
-    #[inline(always)]
-    fn order(weight: f32) -> i32 {
-        turned32(weight.to_bits().cast_signed())
-    }
-
-    #[inline(always)]
-    fn of_order(order: i32) -> f32 {
-        f32::from_bits(turned32(order).cast_unsigned())
-    }
-}
-
-impl Stored for Half {
-    type Bytes = [u8; 2];
-    type Size = i16;
-
-    #[inline(always)]
-    fn value(bytes: [u8; 2]) -> f32 {
-        let bits = u32::from(u16::from_le_bytes(bytes));
-        // With the bits in place the exponent is 112 too small, for subnormal numbers as well.
-        let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-        f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
-    }
-
-    #[inline(always)]
-    fn size(bytes: [u8; 2]) -> i16 {
-        size16(bytes)
-    }
-
-    #[inline(always)]
-    fn of_size(size: i16) -> f32 {
-        f16::from_bits(size.cast_unsigned()).to_f32()
-    }
-
-    #[inline(always)]
-    fn order(bytes: [u8; 2]) -> i16 {
-        turned16(i16::from_le_bytes(bytes))
-    }
-
-    #[inline(always)]
-    fn of_order(order: i16) -> f32 {
-        Half::value(turned16(order).to_le_bytes())
-    }
-}
-
-impl Stored for Brain {
-    type Bytes = [u8; 2];
-    type Size = i16;
-
-    #[inline(always)]
-    fn value(bytes: [u8; 2]) -> f32 {
-        f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
-    }
-
-    #[inline(always)]
-    fn size(bytes: [u8; 2]) -> i16 {
-        size16(bytes)
-    }
-
-    #[inline(always)]
-    fn of_size(size: i16) -> f32 {
-        bf16::from_bits(size.cast_unsigned()).to_f32()
-    }
-
-    #[inline(always)]
-    fn order(bytes: [u8; 2]) -> i16 {
-        turned16(i16::from_le_bytes(bytes))
-    }
-
-    #[inline(always)]
-    fn of_order(order: i16) -> f32 {
-        Brain::value(turned16(order).to_le_bytes())
-    }
-}
-
-#[inline(always)]
-fn size16(bytes: [u8; 2]) -> i16 {
-    (u16::from_le_bytes(bytes) & 0x7fff).cast_signed()
-}
-
-/// All bits of a negative number turned but its sign, so that it is the less the larger they were; and back.
-#[inline(always)]
-fn turned16(bits: i16) -> i16 {
-    bits ^ (bits >> 15 & i16::MAX)
-}
-
-/// As [`turned16`].
-#[inline(always)]
-fn turned32(bits: i32) -> i32 {
-    bits ^ (bits >> 31 & i32::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_finite_pattern_of_16_bits_has_its_value() {
-        let patterns: Vec<[u8; 2]> = (0..=u16::MAX).map(u16::to_le_bytes).collect();
-        for weights in [Weights::F16(&patterns), Weights::BF16(&patterns)] {
-            for (index, &bytes) in patterns.iter().enumerate() {
-                let (value, expected) = match weights {
-                    Weights::F16(_) => (Half::value(bytes), weights.get(index)),
-                    _ => (Brain::value(bytes), weights.get(index)),
-                };
-                if expected.is_finite() {
-                    assert_eq!(value.to_bits(), expected.to_bits(), "{index:#06x}");
-                }
-            }
-        }
-    }
 
     #[test]
     fn ranges_are_those_of_the_numbers() {

@@ -69,23 +69,14 @@ macro_rules! bodies {
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn measure_groups(
-            groups: quanto_groups::Groups,
-            weights: Weights<'_>,
-            pairs: &mut [u8],
-        ) -> Option<usize> {
-            quanto_groups::measure_body(groups, weights, pairs)
-        }
-
-        #[target_feature(enable = $features)]
         pub(in crate::kernels) fn encode_shared_groups(
             groups: quanto_groups::Groups,
             sharing: quanto_groups::Sharing,
             weights: Weights<'_>,
-            pairs: &[u8],
+            pairs: &mut [u8],
             codes: &mut [u8],
-        ) {
-            quanto_groups::encode_body::<true>(groups, sharing, weights, pairs, codes);
+        ) -> Result<(), quanto_groups::Beyond> {
+            quanto_groups::encode_body::<true>(groups, sharing, weights, pairs, codes)
         }
 
         #[target_feature(enable = $features)]
@@ -99,18 +90,14 @@ macro_rules! bodies {
         }
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn measure_pairs(
+        pub(in crate::kernels) fn encode_pairs(
             size: usize,
             dtype: Dtype,
             weights: Weights<'_>,
             pairs: &mut [u8],
+            codes: &mut [u8],
         ) -> usize {
-            torchao_int4::measure_body(size, dtype, weights, pairs)
-        }
-
-        #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn put_pairs(size: usize, weights: Weights<'_>, codes: &mut [u8]) {
-            torchao_int4::put_body::<true>(size, weights, codes);
+            torchao_int4::encode_body::<true>(size, dtype, weights, pairs, codes)
         }
 
         #[target_feature(enable = $features)]

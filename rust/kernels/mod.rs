@@ -210,19 +210,15 @@ offers! {
         codes: &mut [u8],
         scales: &mut [u8],
     ) -> bool = scaled::encode_squares_body::<false>(format, squares, weights, codes, scales);
-    /// `quanto_groups::measure` and `quanto_groups::encode`, likewise.
-    fn measure_groups [avx2 avx512] (
-        groups: quanto_groups::Groups,
-        weights: Weights<'_>,
-        pairs: &mut [u8],
-    ) -> Option<usize> = quanto_groups::measure_body(groups, weights, pairs);
+    /// `quanto_groups::encode`, likewise.
     fn encode_shared_groups [avx2 avx512] (
         groups: quanto_groups::Groups,
         sharing: quanto_groups::Sharing,
         weights: Weights<'_>,
-        pairs: &[u8],
+        pairs: &mut [u8],
         codes: &mut [u8],
-    ) -> () = quanto_groups::encode_body::<false>(groups, sharing, weights, pairs, codes);
+    ) -> Result<(), quanto_groups::Beyond>
+        = quanto_groups::encode_body::<false>(groups, sharing, weights, pairs, codes);
     /// The encoder of `int4_rows`, likewise.
     fn encode_int4_rows [avx2 avx512] (
         block: usize,
@@ -231,14 +227,13 @@ offers! {
         scales: &mut [u8],
     ) -> () = int4_rows::encode_body::<false>(block, weights, codes, scales);
     /// Encoder of groups of `torchao_int4`, and its decoder of one, likewise.
-    fn measure_pairs [avx2 avx512] (
+    fn encode_pairs [avx2 avx512] (
         size: usize,
         dtype: crate::dtype::Dtype,
         weights: Weights<'_>,
         pairs: &mut [u8],
-    ) -> usize = torchao_int4::measure_body(size, dtype, weights, pairs);
-    fn put_pairs [avx2 avx512] (size: usize, weights: Weights<'_>, codes: &mut [u8]) -> ()
-        = torchao_int4::put_body::<false>(size, weights, codes);
+        codes: &mut [u8],
+    ) -> usize = torchao_int4::encode_body::<false>(size, dtype, weights, pairs, codes);
     fn take_pairs [avx2 avx512] (scale: f32, zero: f32, codes: &[u8], weights: &mut [f32]) -> ()
         = torchao_int4::take_body(scale, zero, codes, weights);
     /// `e2m1::encode` and `e2m1::decode`; give the number of weights done.

@@ -9,8 +9,10 @@ use crate::formats::rows8::{self, Codes, Grouping, Scaling};
 use crate::formats::{bnb4, bnb8, ggml_activation, ggml_basic, ggml_iq, ggml_k, ggml_ternary, mx};
 use crate::formats::{Block, Weights};
 
+mod shared_scales;
 mod small_floats;
 
+use shared_scales::{check_int4_rows, check_quanto_groups, check_squares};
 use small_floats::{check_e2m1, check_fp4_blocks};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
@@ -554,6 +556,9 @@ stamp! {
     int8: |level| check_int8(level);
     rows_of_bytes: |level| check_rows8(level);
     groups_of_bytes: |level| check_groups8(level);
+    groups_that_share_bytes: |level| check_quanto_groups(level);
+    rows_that_share_bytes: |level| check_int4_rows(level);
+    squares_that_share_a_scale: |level| check_squares(level);
     floats_of_4_bits: |level| check_e2m1(level);
     blocks_of_small_floats: |level| check_fp4_blocks(level);
     q4_0: |level| check_blocks::<ggml_basic::Q4_0>(level);
