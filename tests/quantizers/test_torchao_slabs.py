@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import find_peer
+from weightpack.quantizers import torchao_engine
 from weightpack.quantizers import torchao_slabs as slabs
 
 torch = find_peer("torch")
@@ -12,8 +13,8 @@ find_peer("torchao")
 
 from tests.quantizers.test_torchao_weights import KINDS, Kinds, same  # noqa: E402
 
-WHOLE = {"int8_tensor", "float8_tensor"}
-"""Kinds with a scale that all rows share, and no way to give it."""
+WHOLE = {"int8_tensor", "float8_tensor", "nvfp4"}
+"""Kinds with a scale that all rows share."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_slabs_give_the_bytes_of_the_whole(kinds, name, rows):
     assert torch.equal(made.dequantize(), expected.dequantize())
 
 
-@pytest.mark.parametrize("name", ["int8", "float8", "intx4", "nvfp4"])
+@pytest.mark.parametrize("name", ["int8", "float8", "intx4"])
 def test_slabs_of_float32(kinds, name):
     full = weight(400, torch.float32)
     same(slabs.pack_in_slabs(full, kinds(name)), whole(kinds, name, full).data)
@@ -91,8 +92,10 @@ def test_memory_beside_the_result_is_bounded(kinds, monkeypatch):
             return made
 
     full = weight(4096, columns=256)
-    for name in ("int8", "float8", "intx4", "nvfp4", "mxfp8"):
+    cases = [(slabs.pack_in_slabs, name) for name in ("int8", "float8", "intx4", "mxfp8")]
+    cases += [(torchao_engine.pack, name) for name in ("int8", "float8_tensor", "intx4", "mxfp8", "nvfp4")]
+    for pack, name in cases:
         with Largest() as seen:
-            slabs.pack_in_slabs(full, kinds(name))
+            assert pack(full, kinds(name)) is not None
         # The codes of the whole, and nothing as large as it in float32.
         assert seen.nbytes <= full.nbytes

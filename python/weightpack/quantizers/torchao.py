@@ -1,9 +1,9 @@
 """torchao: weights as tensor subclasses that bring their own kernels, inside ordinary layers.
 
-No layer is replaced: `torch.nn.Linear` stays, and its weight becomes one of torchao's tensors. torchao
-packs it, one weight at a time while the model is read, on the device where the weight will live, or on
-an accelerator where only that has the kernel. What a config of torchao means stands in `torchao_forms`,
-how one weight is packed and rebuilt in `torchao_weights`.
+No layer is replaced: `torch.nn.Linear` stays, and its weight becomes one of torchao's tensors. Weights are
+packed one at a time while the model is read: on the CPU by the engine what `torchao_engine` lists, else by torchao,
+on the device where the weight will live, or on an accelerator where only that has the kernel. What a config of
+torchao means stands in `torchao_forms`, how one weight is packed and rebuilt in `torchao_weights`.
 
 What hosts do differently (diffusers 0.42, transformers 5.23): in diffusers `device_map={"": "cpu"}` packs
 nothing at all, and a packed checkpoint with a device map that names the cpu is refused; transformers
@@ -12,6 +12,7 @@ packs an embedding that it was asked to pack only if the config names modules. H
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from . import torchao_forms as forms
 from .base import Packing, Quantizer, Requirement
 from .config import QuantizationConfig, flag, names_of
 from .modules import owner, set_parameter
+from .torchao_engine import assembled, packing_of
 from .torchao_slabs import pack
-from .torchao_weights import FileWeights, assembled, decode, flatten, is_packed, is_saved_class, rows_format
+from .torchao_weights import FileWeights, decode, flatten, is_packed, is_saved_class
 
 _PURPOSE = "pack weights for torchao"
 
@@ -256,16 +258,16 @@ class TorchAoQuantizer(Quantizer):
         return super().check_if_quantized_param(model, name) or name in self._loose
 
     def packing(self, model: Any, name: str) -> Packing | None:
-        """Rows of bytes by the engine, for weights on the CPU: what it makes is what torchao makes there."""
+        """By the engine what `torchao_engine` lists, for weights on the CPU: there torchao makes the same bytes."""
         module, leaf = owner(model, name)
         if self.pre_quantized or leaf != "weight" or self._embedding.copied is not None:
             return None
         if isinstance(self.device_map, Mapping) and str(Placement(self.device_map).of(name)) != "cpu":
             return None
-        chosen = rows_format(forms.assigned(self._config(), name))
-        if chosen is None or module.weight.dim() != 2 or self.torch_dtype is None:
+        chosen = packing_of(forms.assigned(self._config(), name))
+        if chosen is None or module.weight.dim() != 2 or self.torch_dtype is None or self.torch_dtype.itemsize > 4:
             return None
-        return Packing(chosen, through=dtypes.stored_name(self.torch_dtype))
+        return dataclasses.replace(chosen, through=dtypes.stored_name(self.torch_dtype))
 
     def create_quantized_param(self, model: Any, name: str, value: Any, *, device: Any, dtype: Any = None) -> None:
         """Packs a weight on `device`, or puts it together from its arrays in the checkpoint.
@@ -278,7 +280,8 @@ class TorchAoQuantizer(Quantizer):
         module, leaf = owner(model, name)
         device = torch.device("cpu" if device is None else device)
         if isinstance(value, Mapping) and not self.pre_quantized:
-            weight = assembled(value, dtype or self.torch_dtype).to(device)
+            config, shape = forms.assigned(self._config(), name), tuple(module._parameters[leaf].shape)
+            weight = assembled(config, value, shape, dtype or self.torch_dtype).to(device)
             module._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
             return
         if isinstance(value, Mapping):

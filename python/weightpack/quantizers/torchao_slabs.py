@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .._lazy import require
+from . import torchao_engine
 from .torchao_weights import arrays_of, check_finite, pack_whole, quantize, settle_zeros, trial
 
 _PURPOSE = "pack weights for torchao"
@@ -28,7 +29,11 @@ def pack(module: Any, leaf: str, config: Any, *, name: str) -> None:
     """
     weight = getattr(module, leaf)
     is_zero = check_finite(weight, name)
-    made = pack_in_slabs(weight.detach(), config) if leaf == "weight" and not is_zero else None
+    made = None
+    if leaf == "weight" and weight.numel():
+        made = torchao_engine.pack(weight, config)
+        if made is None and not is_zero:
+            made = pack_in_slabs(weight.detach(), config)
     if made is None:
         pack_whole(module, leaf, config, name=name, is_zero=is_zero)
     else:
@@ -49,35 +54,23 @@ def pack_in_slabs(weight: Any, config: Any) -> Any:
     whole = trial(config, (rows, columns), weight.dtype, "meta")
     if isinstance(whole, Exception):
         return None
-    shared = _shared_scale(torch, weight, whole, config)
-    grown = {name: array for name, array in arrays_of(whole).items() if name not in shared}
+    grown = arrays_of(whole)
     if not _grows(config, weight, slab_rows, grown):
         return None
     packed = {name: torch.empty(array.shape, dtype=array.dtype) for name, array in grown.items()}
     places = dict.fromkeys(packed, 0)
     for slab in _slabs(weight, slab_rows):
-        for name, array in arrays_of(_packed(torch, slab, config, type(whole), shared)).items():
-            if name in shared:
-                continue
+        for name, array in arrays_of(_packed(torch, slab, config)).items():
             start, places[name] = places[name], places[name] + array.numel()
             _bytes(torch, packed[name])[start * array.itemsize : places[name] * array.itemsize] = _bytes(torch, array)
     attributes = whole.__tensor_flatten__()[1]
-    return type(whole).__tensor_unflatten__({**packed, **shared}, attributes, whole.shape, whole.stride())
+    return type(whole).__tensor_unflatten__(packed, attributes, whole.shape, whole.stride())
 
 
 def _by_rows_alone(config: Any) -> bool:
     """Whether the search for scales looks at nothing but their own rows."""
     algorithm = getattr(config, "intx_choose_qparams_algorithm", "affine")
     return getattr(algorithm, "value", algorithm) == "affine"
-
-
-def _shared_scale(torch: Any, weight: Any, whole: Any, config: Any) -> dict[str, Any]:
-    """The scale of a whole NVFP4 tensor, which its slabs are packed with."""
-    if type(config).__name__ != "NVFP4WeightOnlyConfig" or whole.per_tensor_scale is None:
-        return {}
-    low, high = torch.aminmax(weight)
-    scale = require("torchao.prototype.mx_formats.nvfp4_tensor", _PURPOSE).per_tensor_amax_to_scale
-    return {"per_tensor_scale": scale(torch.maximum(low.abs(), high.abs()))}
 
 
 def _grows(config: Any, weight: Any, slab_rows: int, whole: dict[str, Any]) -> bool:
@@ -100,9 +93,7 @@ def _slabs(weight: Any, slab_rows: int) -> Iterator[Any]:
         yield weight[start : start + slab_rows]
 
 
-def _packed(torch: Any, slab: Any, config: Any, kind: Any, shared: dict[str, Any]) -> Any:
-    if shared:
-        return kind.to_nvfp4(slab, is_swizzled_scales=True, **shared)
+def _packed(torch: Any, slab: Any, config: Any) -> Any:
     module = torch.nn.Linear(1, 1, device="meta")
     module.weight = torch.nn.Parameter(slab, requires_grad=False)
     quantize(module, "weight", config)

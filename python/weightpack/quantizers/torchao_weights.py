@@ -18,7 +18,6 @@ from typing import Any
 
 from .._lazy import require
 from ..errors import BackendError, CheckpointError, FormatError
-from ..formats_ import dequantize
 
 _PURPOSE = "pack weights for torchao"
 _ROWS = 1024
@@ -38,34 +37,6 @@ def check_finite(weight: Any, name: str) -> bool:
         f'{float(flat[index])} at index {index} cannot be packed (tensor "{name}", shape {list(weight.shape)}, '
         f"as {str(weight.dtype).removeprefix('torch.')})"
     )
-
-
-def rows_format(config: Any) -> str | None:
-    """The format of the engine that packs a weight on the CPU as a config of torchao does, `None` where that is
-    torchao's own work."""
-    if type(config).__name__ == "NVFP4WeightOnlyConfig":
-        return "torchao:nvfp4" if getattr(config, "use_dynamic_per_tensor_scale", False) else None
-    granularity = getattr(config, "granularity", None)
-    if type(granularity).__name__ != "PerRow" or getattr(granularity, "dim", -1) != -1:
-        return None
-    if type(config).__name__ == "Int8WeightOnlyConfig":
-        return "torchao:int8"
-    is_e4m3 = str(getattr(config, "weight_dtype", "")) == "torch.float8_e4m3fn"
-    return "torchao:float8" if type(config).__name__ == "Float8WeightOnlyConfig" and is_e4m3 else None
-
-
-def assembled(arrays: Mapping[str, Any], dtype: Any) -> Any:
-    """torchao's tensor of arrays that the engine packed; `dtype` is the type of the weight."""
-    quantization = require("torchao.quantization", _PURPOSE)
-    codes, scale = arrays["qdata"], arrays["scale"]
-    if "per_tensor_scale" in arrays:
-        blocks = require("torchao.prototype.mx_formats.nvfp4_tensor", _PURPOSE).NVFP4Tensor
-        whole = arrays["per_tensor_scale"]
-        return blocks(codes, scale, 16, dtype, per_tensor_scale=whole, is_swizzled_scales=True)
-    block_size = [1, codes.shape[1]]
-    if "zero_point" in arrays:
-        return quantization.Int8Tensor(codes, scale, block_size, dtype, zero_point=arrays["zero_point"])
-    return quantization.Float8Tensor(codes, scale, block_size=block_size, dtype=dtype)
 
 
 def pack_whole(module: Any, leaf: str, config: Any, *, name: str, is_zero: bool) -> None:
@@ -135,6 +106,8 @@ def decode(weight: Any, dtype: Any = None) -> Any:
         decoded = weight.dequantize(dtype) if direct else weight.dequantize()
         return decoded if dtype is None else decoded.to(dtype)
     if _is_plain_int4(weight):
+        from ..formats_ import dequantize
+
         group = int(weight.block_size[-1])
         return dequantize(arrays_of(weight), "torchao:int4", dtype=dtype or weight.dtype, block_size=group)
     # The int4 tensors have no decoder of their own, but each row of the identity picks a column.
