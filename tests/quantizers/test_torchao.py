@@ -342,7 +342,7 @@ def test_is_serializable_depends_on_the_tensors():
 
 LACKING = {
     "int4": (None, "a CUDA device of capability 8.0 or later; this machine has no CUDA device"),
-    "plain": (quantization.Int4WeightOnlyConfig(), "the package mslk 1.0.0 or later, which is not installed"),
+    "preshuffled": (quantization.Int4WeightOnlyConfig(int4_packing_format="preshuffled"), "the package mslk 1.0.0"),
     "plain_int32": (quantization.Int4WeightOnlyConfig(int4_packing_format="plain_int32"), "an XPU or NPU"),
     "float8_dynamic": (None, "a CUDA device of capability 8.9 or later, an MI300 or an XPU"),
     "nvfp4_dynamic": (None, "a CUDA device of capability 10.0 or later"),

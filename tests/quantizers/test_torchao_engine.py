@@ -6,6 +6,7 @@ import pytest
 
 import weightpack as wp
 from tests.conftest import find_peer
+from weightpack.quantizers import torchao
 from weightpack.quantizers import torchao_engine as engine
 
 torch = find_peer("torch")
@@ -16,6 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tests.quantizers.test_torchao_weights import KINDS, Kinds, same  # noqa: E402
 
 MORE = {
+    "int4": lambda q: q.Int4WeightOnlyConfig(group_size=32),
     "intx5_axis": lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int5, granularity=q.PerAxis(0)),
     "dynamic_intx6": lambda q: q.Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int6, weight_granularity=q.PerAxis(0)
@@ -39,7 +41,7 @@ LEFT = {
     "floored scales": lambda q: q.MXDynamicActivationMXWeightConfig(
         scaling_mode=find_peer("torchao.prototype.mx_formats.config").ScaleCalculationMode.FLOOR
     ),
-    "int4": lambda q: q.Int4WeightOnlyConfig(),
+    "int4 in tiles": lambda q: q.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d"),
 }
 TORCHS_OWN = {"int8_tensor", "nvfp4_blocks"}
 BFLOAT16_ONLY = {"mxfp8", "mxfp4"}
@@ -73,7 +75,7 @@ def by_torchao(weight, config):
     return module.weight.data
 
 
-@pytest.mark.parametrize("name", [*sorted(set(KINDS) - TORCHS_OWN), *MORE])
+@pytest.mark.parametrize("name", [*sorted(set(KINDS) - TORCHS_OWN), *sorted(set(MORE) - {"int4"})])
 def test_bytes_and_attributes_are_those_of_torchao(kinds, name):
     config = kinds(name)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -117,3 +119,36 @@ def test_a_file_is_packed_by_the_engine(kinds, tmp_path, monkeypatch, name):
     options = {"quantization_config": wp.TorchAoConfig(config), "torch_dtype": torch.bfloat16}
     model = wp.from_pretrained(Net, tmp_path, **options)
     same(model.layer.weight.data, by_torchao(weight, config))
+
+
+@pytest.mark.filterwarnings("ignore:Int4WeightOnlyConfig needs:UserWarning")
+@pytest.mark.parametrize("from_memory", [False, True])
+def test_int4_needs_no_kernels_to_be_packed(kinds, tmp_path, monkeypatch, from_memory):
+    """The bytes are those of the format, which has an oracle of its own; torchao's file reads back."""
+    config = kinds("int4")
+    weight = weights((144, 96), torch.bfloat16)
+    save_file({"layer.weight": weight}, tmp_path / "model.safetensors")
+    if from_memory:
+        monkeypatch.setattr(torchao, "packing_of", lambda one: None)
+    options = {"quantization_config": wp.TorchAoConfig(config), "torch_dtype": torch.bfloat16}
+    model = wp.from_pretrained(Net, tmp_path, **options)
+    packed = model.layer.weight.data
+    assert type(packed).__name__ == "Int4Tensor"
+    assert packed.shape == weight.shape
+    assert packed.dtype == torch.bfloat16
+    for name, expected in wp.quantize(weight, "torchao:int4", block_size=32).items():
+        assert torch.equal(getattr(packed, name), expected), name
+    assert sum(array.nbytes for array in (packed.qdata, packed.scale, packed.zero_point)) == (
+        model.hf_quantizer.packed_bytes(model, "layer.weight")
+    )
+    wp.save_pretrained(model, tmp_path / "saved")
+    same(wp.from_pretrained(Net, tmp_path / "saved").layer.weight.data, packed)
+    model.hf_quantizer.dequantize(model)
+    assert (model.layer.weight.float() - weight.float()).norm() < 0.1 * weight.float().norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have what others lack")
+def test_what_int4_lacks_to_run_is_told(kinds):
+    quantizer = wp.AutoQuantizer.from_config(wp.TorchAoConfig(kinds("int4")), pre_quantized=False)
+    with pytest.warns(UserWarning, match="the package mslk .* to run; without it weights are packed"):
+        quantizer.validate_environment()

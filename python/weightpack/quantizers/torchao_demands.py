@@ -6,11 +6,13 @@ weight before anything is read, and only what really fails is refused, with the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from .._lazy import is_installed, require
 from ..errors import BackendError, ConfigError, FormatError
+from .torchao_engine import is_packed_without_kernels
 from .torchao_weights import packed_size, trial
 
 _PURPOSE = "pack weights for torchao"
@@ -40,15 +42,23 @@ def place(config: Any, device: Any) -> Any:
     other = torch.device("cpu") if device.type != "cpu" else accelerator()
     if other is not None and not isinstance(trial(config, _shape(config), torch.bfloat16, other), Exception):
         return other
+    if is_packed_without_kernels(config):
+        return torch.device("cpu")
     raise _lacking(config, failed)
 
 
 def check_machine(config: Any, device_map: Any) -> None:
-    """Raises `BackendError` if nothing in this machine packs by `config` for the devices of `device_map`."""
+    """Raises `BackendError` if nothing in this machine packs by `config` for the devices of `device_map`. Warns
+    where weights can be packed, and torchao lacks what it multiplies with them by."""
     devices = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     elsewhere = any(device is not None and str(device) not in ("cpu", "disk") for device in devices)
     cpu = require("torch", _PURPOSE).device("cpu")
-    place(config, (accelerator() if elsewhere else None) or cpu)
+    found = place(config, (accelerator() if elsewhere else None) or cpu)
+    if is_packed_without_kernels(config):
+        lacking = trial(config, _shape(config), require("torch", _PURPOSE).bfloat16, found)
+        if isinstance(lacking, Exception):
+            needed = _lacking(config, lacking).message
+            warnings.warn(f"{needed}, to run; without it weights are packed, saved and decoded", stacklevel=3)
 
 
 def check_dtype(config: Any, dtype: Any) -> None:

@@ -6,9 +6,11 @@
 | `Int8DynamicActivationInt8WeightConfig` | rows, the whole range | `int8` |
 | `IntxWeightOnlyConfig`, `Int8DynamicActivationIntxWeightConfig` | symmetric, 2 to 8 bits | `intx2` to `intx8` |
 | `Float8WeightOnlyConfig` | E4M3: rows, groups of a row, the tensor | `float8`, `float8_tensor` |
+| `Int4WeightOnlyConfig` | packing format `PLAIN`, `TINYGEMM` | `int4` |
 | `NVFP4WeightOnlyConfig` | with a scale for the tensor | `nvfp4` |
 | `MXDynamicActivationMXWeightConfig` | E4M3 or E2M1, blocks of 32, scales by `RCEIL` | `mxfp8`, `mxfp4` |
 
+`int4` needs no MSLK to be packed; torchao multiplies with it where there is MSLK and a CUDA device.
 What else a tensor of torchao's says of itself is taken from what torchao makes of a weight on the meta device.
 """
 
@@ -17,8 +19,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .._lazy import require
 from .base import Packing
 from .torchao_weights import arrays_of, trial
+
+_PURPOSE = "pack weights for torchao"
 
 _AXES = {"PerRow": ("dim", -1), "PerAxis": ("axis", 0)}
 """Granularities of a scale for each row, and the axis that they have to name."""
@@ -30,6 +35,12 @@ def packing_of(config: Any) -> Packing | None:
     return None if find is None else find(config)
 
 
+def is_packed_without_kernels(config: Any) -> bool:
+    """Whether torchao packs by `config` only where it has the kernels that multiply, and the engine anywhere."""
+    chosen = packing_of(config)
+    return chosen is not None and chosen.format == "torchao:int4"
+
+
 def pack(weight: Any, config: Any) -> Any:
     """torchao's tensor of a matrix of finite weights in memory, `None` where that is torchao's own work."""
     from ..formats_ import quantize
@@ -37,7 +48,7 @@ def pack(weight: Any, config: Any) -> Any:
     chosen = packing_of(config)
     if chosen is None or weight.device.type != "cpu" or weight.dim() != 2 or weight.element_size() > 4:
         return None
-    like = trial(config, tuple(weight.shape), weight.dtype, "meta")
+    like = _like(config, tuple(weight.shape), weight.dtype)
     if isinstance(like, Exception):
         return None
     return _filled(like, quantize(weight.detach(), chosen.format, **chosen.params))
@@ -45,10 +56,24 @@ def pack(weight: Any, config: Any) -> Any:
 
 def assembled(config: Any, arrays: Mapping[str, Any], shape: tuple[int, ...], dtype: Any) -> Any:
     """torchao's tensor of arrays that the engine packed, for a weight of `shape` and `dtype`."""
-    like = trial(config, shape, dtype, "meta")
+    like = _like(config, shape, dtype)
     if isinstance(like, Exception):
         raise like
     return _filled(like, arrays)
+
+
+def _like(config: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What torchao makes of a weight on the meta device, or the error that says why it cannot."""
+    if type(config).__name__ != "Int4WeightOnlyConfig" or shape[1] % int(config.group_size):
+        return trial(config, shape, dtype, "meta")
+    # torchao makes none without MSLK.
+    torch = require("torch", _PURPOSE)
+    (rows, columns), group = shape, int(config.group_size)
+    with torch.device("meta"):
+        codes = torch.empty(rows, columns // 2, dtype=torch.int8)
+        scale, zero_point = (torch.empty(columns // group, rows, dtype=dtype) for _ in range(2))
+    kind = require("torchao.quantization", _PURPOSE).Int4Tensor
+    return kind(codes, scale, zero_point, block_size=[1, group], shape=torch.Size(shape))
 
 
 def _filled(like: Any, arrays: Mapping[str, Any]) -> Any:
@@ -110,6 +135,12 @@ def _nvfp4(config: Any) -> Packing | None:
     return Packing("torchao:nvfp4") if getattr(config, "use_dynamic_per_tensor_scale", False) else None
 
 
+def _int4(config: Any) -> Packing | None:
+    is_plain = _name(config.int4_packing_format) == "plain"
+    is_plain = is_plain and _name(config.int4_choose_qparams_algorithm) == "tinygemm"
+    return Packing("torchao:int4", {"block_size": int(config.group_size)}) if is_plain else None
+
+
 def _mx(config: Any) -> Packing | None:
     codes = {"torch.float8_e4m3fn": "torchao:mxfp8", "torch.float4_e2m1fn_x2": "torchao:mxfp4"}
     chosen = codes.get(str(config.weight_dtype))
@@ -122,6 +153,7 @@ _FORMATS = {
     "IntxWeightOnlyConfig": _intx,
     "Int8DynamicActivationIntxWeightConfig": _intx_dynamic,
     "Float8WeightOnlyConfig": _float8,
+    "Int4WeightOnlyConfig": _int4,
     "NVFP4WeightOnlyConfig": _nvfp4,
     "MXDynamicActivationMXWeightConfig": _mx,
 }
