@@ -91,6 +91,7 @@ pub fn level() -> Level {
 
 /// Asks for the memory that lies `bytes` behind `values`, so that it is nearer once it is read.
 #[inline(always)]
+#[allow(unused_variables)]
 pub(crate) fn ahead<T>(values: &[T], bytes: usize) {
     #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
     for line in (0..std::mem::size_of_val(values)).step_by(64) {

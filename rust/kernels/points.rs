@@ -14,7 +14,8 @@ pub const MOST_TRIES: usize = 32;
 /// A grid, and the points near each code that is not on it.
 #[derive(Debug)]
 pub struct Lists {
-    /// Bits of a digit.
+    /// Bits of a digit; the scalar bodies do without.
+    #[cfg_attr(any(feature = "scalar", not(target_arch = "x86_64")), allow(dead_code))]
     pub bits: u32,
     /// By code: [`ON_GRID`] and the index of the point, or where the code's list begins.
     pub places: Vec<u32>,

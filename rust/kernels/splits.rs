@@ -26,6 +26,7 @@ impl Best {
     };
 
     /// A²/B.
+    #[cfg_attr(any(feature = "scalar", not(target_arch = "x86_64")), allow(dead_code))]
     pub fn mark(&self) -> f32 {
         self.mark
     }
