@@ -6,6 +6,7 @@
 
 use super::e2m1::{self, Rounding, Scaling};
 use super::rows8::largest_body;
+use super::stored::{for_stored, Stored};
 use super::weights::Weights;
 use crate::codebook::ceil_log2;
 use crate::float8::{of_e4m3, of_e8m0, to_e4m3, E4M3_MOST};
@@ -72,7 +73,7 @@ pub fn tensor_scale(most: f32) -> f32 {
     }
 }
 
-/// Where weights are widened, if they have to be: as many as one call is given.
+/// Where weights are widened, if they have to be.
 pub struct Room([f32; WIDENED]);
 
 impl Default for Room {
@@ -113,8 +114,7 @@ pub fn encode_runs(
         if !goes_on(weights) {
             return false;
         }
-        let wide = weights.widened(level, &mut room.0);
-        kernels::encode_fp4_blocks(level, rule, wide, codes, scales);
+        kernels::encode_fp4_blocks(level, rule, room, weights, codes, scales);
     }
     true
 }
@@ -144,7 +144,23 @@ pub(crate) fn most_of_blocks(size: usize, weights: &[f32], largest: &mut [f32]) 
 #[inline(always)]
 pub(crate) fn encode_body(
     rule: Rule,
-    weights: &[f32],
+    room: &mut Room,
+    weights: Weights<'_>,
+    codes: &mut [u8],
+    scales: &mut [u8],
+    most: impl Fn(usize, &[f32], &mut [f32]),
+    pack: impl Fn(Rounding, Scaling, &[f32], &mut [u8]),
+) {
+    for_stored!(weights, |weights: Type| encode_of::<Type>(
+        rule, room, weights, codes, scales, most, pack
+    ));
+}
+
+#[inline(always)]
+fn encode_of<S: Stored>(
+    rule: Rule,
+    room: &mut Room,
+    weights: &[S::Bytes],
     codes: &mut [u8],
     scales: &mut [u8],
     most: impl Fn(usize, &[f32], &mut [f32]),
@@ -164,7 +180,7 @@ pub(crate) fn encode_body(
                 let scaling = Scaling::Quotient(by);
                 pack(Rounding::EvenUnsignedZero, scaling, weights, codes);
             };
-            each(weights, codes, scales, &most, find, put);
+            each::<S, _, _>(room, weights, codes, scales, &most, find, put);
         }
         Rule::ModelOptMxFp4 => {
             let find = |largest: f32| {
@@ -177,7 +193,7 @@ pub(crate) fn encode_body(
             let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 16]| {
                 pack(Rounding::Down, Scaling::Product(factor), weights, codes);
             };
-            each(weights, codes, scales, &most, find, put);
+            each::<S, _, _>(room, weights, codes, scales, &most, find, put);
         }
         Rule::TorchAoNvFp4 { tensor_scale } => {
             let inverse = 1.0 / tensor_scale;
@@ -191,14 +207,14 @@ pub(crate) fn encode_body(
             let put = |factor: f32, weights: &[f32; 16], codes: &mut [u8; 8]| {
                 pack(Rounding::Even, Scaling::Product(factor), weights, codes);
             };
-            each(weights, codes, scales, &most, find, put);
+            each::<S, _, _>(room, weights, codes, scales, &most, find, put);
         }
         Rule::TorchAoMxFp4 => {
             let find = |largest: f32| power_of_two(largest / e2m1::MOST);
             let put = |factor: f32, weights: &[f32; 32], codes: &mut [u8; 16]| {
                 pack(Rounding::Even, Scaling::Product(factor), weights, codes);
             };
-            each(weights, codes, scales, &most, find, put);
+            each::<S, _, _>(room, weights, codes, scales, &most, find, put);
         }
         Rule::TorchAoMxFp8 => {
             let find = |largest: f32| power_of_two(largest / E4M3_MOST);
@@ -207,7 +223,7 @@ pub(crate) fn encode_body(
                     *code = to_e4m3(weight * factor);
                 }
             };
-            each(weights, codes, scales, &most, find, put);
+            each::<S, _, _>(room, weights, codes, scales, &most, find, put);
         }
     }
 }
@@ -217,8 +233,9 @@ const TOGETHER: usize = 64;
 
 /// `find` gives the scale of a block, given its largest magnitude, and what `put` needs besides the weights.
 #[inline(always)]
-fn each<const SIZE: usize, const BYTES: usize>(
-    weights: &[f32],
+fn each<S: Stored, const SIZE: usize, const BYTES: usize>(
+    room: &mut Room,
+    weights: &[S::Bytes],
     codes: &mut [u8],
     scales: &mut [u8],
     most: impl Fn(usize, &[f32], &mut [f32]),
@@ -232,8 +249,9 @@ fn each<const SIZE: usize, const BYTES: usize>(
         .zip(codes.chunks_mut(BYTES * TOGETHER))
         .zip(scales.chunks_mut(TOGETHER));
     for ((weights, codes), scales) in runs {
-        let blocks = weights.as_chunks::<SIZE>().0;
-        most(SIZE, weights, &mut largest);
+        let wide = S::widened(weights, &mut room.0);
+        let (stored, blocks) = (weights.as_chunks::<SIZE>().0, wide.as_chunks::<SIZE>().0);
+        most(SIZE, wide, &mut largest);
         for ((scale, factor), &largest) in found.iter_mut().zip(&mut factors).zip(&largest) {
             (*scale, *factor) = find(largest);
         }
@@ -241,7 +259,11 @@ fn each<const SIZE: usize, const BYTES: usize>(
             *place = *scale;
         }
         let places = codes.as_chunks_mut::<BYTES>().0;
-        for ((block, codes), &factor) in blocks.iter().zip(places).zip(&factors) {
+        let later = std::mem::size_of_val(weights);
+        let blocks = blocks.iter().zip(stored);
+        for (((block, stored), codes), &factor) in blocks.zip(places).zip(&factors) {
+            // What comes next is asked for meanwhile.
+            kernels::ahead(stored, later);
             put(factor, block, codes);
         }
     }

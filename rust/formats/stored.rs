@@ -60,6 +60,16 @@ pub(crate) trait Stored {
     /// Its value, if it is finite.
     fn value(bytes: Self::Bytes) -> f32;
 
+    /// The values of weights, in `room`, which holds as many, or where they are.
+    #[inline(always)]
+    fn widened<'a>(weights: &'a [Self::Bytes], room: &'a mut [f32]) -> &'a [f32] {
+        let room = room.get_mut(..weights.len()).unwrap_or_default();
+        for (place, &weight) in room.iter_mut().zip(weights) {
+            *place = Self::value(weight);
+        }
+        room
+    }
+
     /// The values of two neighbours.
     #[inline(always)]
     fn pair(pair: [Self::Bytes; 2]) -> [f32; 2] {
@@ -142,6 +152,11 @@ impl Stored for Single {
     #[inline(always)]
     fn value(weight: f32) -> f32 {
         weight
+    }
+
+    #[inline(always)]
+    fn widened<'a>(weights: &'a [f32], _room: &'a mut [f32]) -> &'a [f32] {
+        weights
     }
 
     #[inline(always)]

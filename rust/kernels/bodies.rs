@@ -113,7 +113,8 @@ macro_rules! bodies {
         #[target_feature(enable = $features)]
         pub(in crate::kernels) fn encode_fp4_blocks(
             rule: fp4_blocks::Rule,
-            weights: &[f32],
+            room: &mut fp4_blocks::Room,
+            weights: Weights<'_>,
             codes: &mut [u8],
             scales: &mut [u8],
         ) {
@@ -123,7 +124,7 @@ macro_rules! bodies {
             let most = |size, weights: &[f32], largest: &mut [f32]| {
                 crate::kernels::$level::most_of_blocks(size, weights, largest);
             };
-            fp4_blocks::encode_body(rule, weights, codes, scales, most, pack);
+            fp4_blocks::encode_body(rule, room, weights, codes, scales, most, pack);
         }
 
         #[target_feature(enable = $features)]

@@ -253,10 +253,11 @@ offers! {
     /// `fp4_blocks::encode` and `fp4_blocks::decode`, whose bodies are compiled for each level.
     fn encode_fp4_blocks [avx2 avx512] (
         rule: fp4_blocks::Rule,
-        weights: &[f32],
+        room: &mut fp4_blocks::Room,
+        weights: Weights<'_>,
         codes: &mut [u8],
         scales: &mut [u8],
-    ) -> () = fp4_blocks::encode_body(rule, weights, codes, scales, fp4_blocks::most_of_blocks, |rounding, scaling, weights, codes| {
+    ) -> () = fp4_blocks::encode_body(rule, room, weights, codes, scales, fp4_blocks::most_of_blocks, |rounding, scaling, weights, codes| {
         e2m1::encode(Level::SCALAR, rounding, scaling, weights, codes);
     });
     fn decode_fp4_blocks [avx2 avx512] (
