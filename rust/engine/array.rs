@@ -9,6 +9,7 @@ use std::ops::Range;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float;
+use crate::formats::quanto_groups::MAX_LANES;
 use crate::formats::{self, Fold, Format, Layout, Span, Weights, MAX_PARTS};
 use crate::shape;
 
@@ -278,7 +279,7 @@ impl Source<'_> {
         let work = statistics_of(layout, runs, statistics)?;
         in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
             self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
-                let place = self.statistics(layout, first, weights, &mut rest)?;
+                let place = self.statistics(layout, first, weights.len() as u64, &mut rest)?;
                 let measured = self.format.measure(layout, first, weights, place);
                 self.or_not_finite(measured, layout, first, weights)
             })
@@ -296,7 +297,7 @@ impl Source<'_> {
         let work = components_of(layout, runs, components)?;
         in_threads(runs.iter().zip(work).collect(), |(run, mut rest)| {
             self.for_each_tile(Pass::Second, layout, run.clone(), |first, weights| {
-                let mut parts = take_tile(layout, first, weights, &mut rest)?;
+                let mut parts = take_tile(layout, first, weights.len() as u64, &mut rest)?;
                 let encoded = self
                     .format
                     .encode(layout, first, weights, statistics, &mut parts);
@@ -319,19 +320,87 @@ impl Source<'_> {
         in_threads(
             runs.iter().zip(work).collect(),
             |(run, (mut rest, mut measured))| {
+                if let Some(fold) = self.format.fold(layout) {
+                    return self.encode_folded(layout, fold, run, &mut rest, &mut measured);
+                }
                 self.for_each_tile(Pass::First, layout, run.clone(), |first, weights| {
-                    let place = self.statistics(layout, first, weights, &mut measured)?;
-                    let mut parts = take_tile(layout, first, weights, &mut rest)?;
-                    let encoded = match layout.statistics {
-                        Some(_) => self
-                            .format
-                            .encode_at_once(layout, first, weights, place, &mut parts),
-                        None => self.format.encode(layout, first, weights, &[], &mut parts),
-                    };
-                    self.or_not_finite(encoded, layout, first, weights)
+                    let count = weights.len() as u64;
+                    let place = self.statistics(layout, first, count, &mut measured)?;
+                    let mut parts = take_tile(layout, first, count, &mut rest)?;
+                    self.encode_tile(layout, first, weights, place, &mut parts)
                 })
             },
         )
+    }
+
+    /// As [`Source::encode_at_once`], of rows that share bytes: as they lie in memory if the format takes them so,
+    /// gathered if not.
+    fn encode_folded(
+        &self,
+        layout: &Layout,
+        fold: Fold,
+        run: &Range<u64>,
+        rest: &mut [&mut [u8]],
+        measured: &mut &mut [u8],
+    ) -> Result<()> {
+        let (mut gathered, mut wide) = (Vec::new(), Vec::new());
+        for tile in tiles(layout, run.clone()) {
+            let count = tile.end - tile.start;
+            let place = self.statistics(layout, tile.start, count, measured)?;
+            let mut parts = take_tile(layout, tile.start, count, rest)?;
+            if let Some(lanes) = self.lanes(fold, &tile)? {
+                let done = self.format.encode_lanes(layout, lanes, place, &mut parts);
+                if let Some(Ok(())) = done {
+                    continue;
+                }
+            }
+            let data = self.gather(fold, &tile, &mut gathered)?;
+            let weights = self.weights(data, &tile, &mut wide)?;
+            self.encode_tile(layout, tile.start, weights, place, &mut parts)?;
+        }
+        Ok(())
+    }
+
+    /// The rows of each part in a tile, if their type need not be changed.
+    fn lanes(&self, fold: Fold, tile: &Range<u64>) -> Result<Option<[Weights<'_>; MAX_LANES]>> {
+        let mut lanes = [Weights::F32(&[]); MAX_LANES];
+        let (row_weights, parts) = (fold.row_weights(), fold.parts());
+        let bytes = (tile.end - tile.start) / parts * self.weight_bytes;
+        let firsts = fold.rows_from(tile.start / row_weights);
+        if parts > MAX_LANES as u64
+            || self.dtype != Dtype::F32 && !matches!(self.dtype, Dtype::F16 | Dtype::BF16)
+        {
+            return Ok(None);
+        }
+        for (lane, row) in lanes.iter_mut().zip(firsts.take(shape::to_usize(parts)?)) {
+            let start = row * row_weights * self.weight_bytes;
+            let data = get(self.data, start..start + bytes)?;
+            *lane = match Weights::stored(self.dtype, data) {
+                Some(weights) => weights,
+                None => match bytemuck::try_cast_slice(data) {
+                    Ok(weights) if cfg!(target_endian = "little") => Weights::F32(weights),
+                    _ => return Ok(None),
+                },
+            };
+        }
+        Ok(Some(lanes))
+    }
+
+    fn encode_tile(
+        &self,
+        layout: &Layout,
+        first: u64,
+        weights: Weights<'_>,
+        place: &mut [u8],
+        parts: &mut formats::PartsMut<'_>,
+    ) -> Result<()> {
+        let encoded = match layout.statistics {
+            Some(_) => self
+                .format
+                .encode_at_once(layout, first, weights, place, parts),
+            None => self.format.encode(layout, first, weights, &[], parts),
+        };
+        self.or_not_finite(encoded, layout, first, weights)
     }
 
     /// The place of the statistics of a tile, taken off the front of `rest`.
@@ -339,11 +408,11 @@ impl Source<'_> {
         &self,
         layout: &Layout,
         first: u64,
-        weights: Weights<'_>,
+        count: u64,
         rest: &mut &'m mut [u8],
     ) -> Result<&'m mut [u8]> {
         match layout.statistics {
-            Some(span) => take(rest, span.range(first, weights.len() as u64)),
+            Some(span) => take(rest, span.range(first, count)),
             None => Ok(&mut []),
         }
     }
@@ -542,12 +611,12 @@ fn take_parts<'a>(
 fn take_tile<'a>(
     layout: &Layout,
     first: u64,
-    weights: Weights<'_>,
+    count: u64,
     rest: &mut [&'a mut [u8]],
 ) -> Result<formats::PartsMut<'a>> {
     let mut parts = formats::PartsMut::default();
     for ((part, rest), (_, component)) in parts.iter_mut().zip(rest).zip(layout.sliced()) {
-        *part = take(rest, component.span.range(first, weights.len() as u64))?;
+        *part = take(rest, component.span.range(first, count))?;
     }
     Ok(parts)
 }

@@ -1,5 +1,6 @@
 //! What a numeric layout does: sizes, encoding and decoding, tile by tile.
 
+use super::quanto_groups::MAX_LANES;
 use super::{Fold, Info, Layout, NonFinite, Params, Parts, PartsMut, Weights};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -56,6 +57,19 @@ pub trait Format: Sync + Send {
     ) -> Result<()> {
         self.measure(layout, first, weights, statistics)?;
         self.encode(layout, first, weights, statistics, parts)
+    }
+
+    /// As [`Format::encode_at_once`], for a tile of the order of [`Format::fold`] whose weights are given as they
+    /// lie in memory: lane p has the rows of part p. `None` where that is not done; what is wrong with weights is
+    /// told by the other one.
+    fn encode_lanes(
+        &self,
+        _layout: &Layout,
+        _lanes: [Weights<'_>; MAX_LANES],
+        _statistics: &mut [u8],
+        _parts: &mut PartsMut<'_>,
+    ) -> Option<Result<()>> {
+        None
     }
 
     /// Between the passes: turns the statistics of the whole tensor into what `encode` needs, and

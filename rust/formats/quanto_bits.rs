@@ -37,7 +37,7 @@
 //!
 //! Peer: optimum-quanto 0.2.7 on CPU (`qint4`, `qint2`, axis 0, `MaxOptimizer`).
 
-use super::quanto_groups::{self, Beyond, Groups, Sharing};
+use super::quanto_groups::{self, Beyond, Groups, Lanes, Sharing, MAX_LANES};
 use super::rows8::{self, shortened};
 use super::scaled::read_scale;
 use super::stored::{Brain, Stored};
@@ -333,6 +333,23 @@ impl Format for QuantoBits {
             })
     }
 
+    fn encode_lanes(
+        &self,
+        layout: &Layout,
+        lanes: [Weights<'_>; MAX_LANES],
+        statistics: &mut [u8],
+        parts: &mut PartsMut<'_>,
+    ) -> Option<Result<()>> {
+        let encoded = self.sizes_of(layout).and_then(|sizes| {
+            let groups = sizes.groups(self.bits, sizes.group)?;
+            let (level, sharing) = (kernels::level(), Sharing::Neighbours);
+            let (lanes, [codes, ..]) = (Lanes::apart(groups, lanes), parts);
+            quanto_groups::encode(level, groups, sharing, &lanes, statistics, codes)
+                .map_err(|_| self.not_finite())
+        });
+        Some(encoded)
+    }
+
     fn measures_at_once(&self) -> bool {
         true
     }
@@ -475,8 +492,9 @@ impl QuantoBits {
         let fold = self.fold(layout);
         if fold.is_some() {
             let sharing = Sharing::Neighbours;
+            let lanes = Lanes::neighbours(groups, sharing, weights);
             return Ok(quanto_groups::encode(
-                level, groups, sharing, weights, pairs, codes,
+                level, groups, sharing, &lanes, pairs, codes,
             ));
         }
         codes.fill(0);
@@ -489,7 +507,8 @@ impl QuantoBits {
                 .get_mut(start..start + groups.size)
                 .ok_or_else(cut_short)?;
             let sharing = Sharing::Others(bit);
-            if quanto_groups::encode(level, groups, sharing, weights, pair, codes).is_err() {
+            let lanes = Lanes::neighbours(groups, sharing, weights);
+            if quanto_groups::encode(level, groups, sharing, &lanes, pair, codes).is_err() {
                 return Ok(Err(Beyond(index)));
             }
         }

@@ -38,20 +38,57 @@ pub enum Sharing {
     Others(u32),
 }
 
+/// Where groups lie that share bytes: those of one lane go to the same bits.
+#[derive(Debug, Clone, Copy)]
+pub struct Lanes<'a> {
+    weights: [Weights<'a>; MAX_LANES],
+    /// Weights from a group of a lane to the next.
+    step: usize,
+    /// Whether what lies behind a lane is what the next call gets.
+    goes_on: bool,
+}
+
+impl<'a> Lanes<'a> {
+    /// Groups one after the other, those of a byte together.
+    pub fn neighbours(groups: Groups, sharing: Sharing, weights: Weights<'a>) -> Self {
+        let count = match sharing {
+            Sharing::Neighbours => 8 / groups.bits as usize,
+            Sharing::Others(_) => 1,
+        };
+        Lanes {
+            weights: std::array::from_fn(|lane| weights.split_at(lane * groups.size).1),
+            step: groups.size * count,
+            goes_on: false,
+        }
+    }
+
+    /// The groups of each lane one after the other.
+    pub fn apart(groups: Groups, weights: [Weights<'a>; MAX_LANES]) -> Self {
+        Lanes {
+            weights,
+            step: groups.size,
+            goes_on: true,
+        }
+    }
+}
+
+/// Most groups that share bytes.
+pub const MAX_LANES: usize = 4;
+
 /// A group whose range the type does not hold, or whose weights are not finite, by its number in the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Beyond(pub usize);
 
-/// Pairs and codes of whole groups.
+/// Pairs and codes of as many groups as have their codes in `codes`.
 pub fn encode(
     level: Level,
     groups: Groups,
     sharing: Sharing,
-    weights: Weights<'_>,
+    lanes: &Lanes<'_>,
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> Result<(), Beyond> {
-    kernels::encode_shared_groups(level, groups, sharing, weights, pairs, codes)
+    kernels::encode_shared_groups(level, groups, sharing, lanes, pairs, codes)
 }
 
 /// Pairs of whole groups.
@@ -101,19 +138,20 @@ impl Pair {
 pub(crate) fn encode_body<const FMA: bool>(
     groups: Groups,
     sharing: Sharing,
-    weights: Weights<'_>,
+    lanes: &Lanes<'_>,
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> Result<(), Beyond> {
-    for_stored!(weights, |weights: Type| for_computed!(
+    let [first, ..] = lanes.weights;
+    for_stored!(first, |_first: Type| for_computed!(
         groups.dtype,
         |Computed| match (sharing, groups.bits) {
             (Sharing::Others(bit), _) =>
-                encode_of::<Type, Computed, FMA, true, 1>(groups, bit, weights, pairs, codes),
+                encode_of::<Type, Computed, FMA, true, 1>(groups, bit, lanes, pairs, codes),
             (Sharing::Neighbours, 4) =>
-                encode_of::<Type, Computed, FMA, false, 2>(groups, 0, weights, pairs, codes),
+                encode_of::<Type, Computed, FMA, false, 2>(groups, 0, lanes, pairs, codes),
             (Sharing::Neighbours, _) =>
-                encode_of::<Type, Computed, FMA, false, 4>(groups, 0, weights, pairs, codes),
+                encode_of::<Type, Computed, FMA, false, 4>(groups, 0, lanes, pairs, codes),
         }
     ))
 }
@@ -124,35 +162,42 @@ pub(crate) fn encode_body<const FMA: bool>(
 fn encode_of<S: Stored, C: Stored, const FMA: bool, const KEEP: bool, const PARTS: usize>(
     groups: Groups,
     first_bit: u32,
-    weights: &[S::Bytes],
+    lanes: &Lanes<'_>,
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> Result<(), Beyond> {
     let Groups { bits, size, .. } = groups;
     let most = groups.most();
-    let runs = weights
-        .chunks_exact(size * PARTS)
-        .zip(pairs.chunks_exact_mut(2 * C::BYTES * PARTS))
+    let mut slices: [&[S::Bytes]; PARTS] = [&[]; PARTS];
+    for (slice, weights) in slices.iter_mut().zip(lanes.weights) {
+        *slice = S::slice(weights);
+    }
+    let ahead = lanes
+        .goes_on
+        .then(|| codes.len() * std::mem::size_of::<S::Bytes>());
+    let runs = pairs
+        .chunks_exact_mut(2 * C::BYTES * PARTS)
         .zip(codes.chunks_exact_mut(size));
-    for (number, ((weights, places), codes)) in runs.enumerate() {
+    for (number, (places, codes)) in runs.enumerate() {
+        let start = number * lanes.step;
+        let parts = slices.map(|slice| slice.get(start..start + size).unwrap_or_default());
         let mut pairs = [Pair::default(); PARTS];
         let places = places.chunks_exact_mut(2 * C::BYTES);
-        let found = pairs.iter_mut().zip(weights.chunks_exact(size)).zip(places);
-        for (part, ((pair, weights), place)) in found.enumerate() {
+        for (part, ((pair, weights), place)) in pairs.iter_mut().zip(parts).zip(places).enumerate()
+        {
             let beyond = Beyond(number * PARTS + part);
             *pair = Pair::of::<S, C>(most, weights, place).ok_or(beyond)?;
         }
         let bit = |part: usize| first_bit + part as u32 * bits;
-        let parts = std::array::from_fn(|part| weights.get(part * size..).unwrap_or_default());
         if FMA && pairs.iter().all(|pair| Divisor::serves(pair.scale)) {
             let divisors = pairs.map(|pair| (Divisor::new(pair.scale), pair.shift));
-            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, ahead, bit, |part, weight| {
                 let (divisor, shift) = divisors[part];
                 let sum = C::rounded(weight + shift);
                 nearest_of_normal::<C>(C::rounded(divisor.divide(sum)), most)
             });
         } else {
-            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, None, bit, |part, weight| {
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, ahead, bit, |part, weight| {
                 let Pair { scale, shift } = pairs[part];
                 let sum = shorten::<C>(weight + shift);
                 nearest(shorten::<C>(sum / scale), most)

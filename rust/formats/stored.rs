@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::rows8::shortened;
+use super::weights::Weights;
 
 /// Calls a function for the type that weights are stored in.
 macro_rules! for_stored {
@@ -49,13 +50,16 @@ pub(crate) use for_computed;
 /// A type of weights that loops are written for once and compiled for each.
 pub(crate) trait Stored {
     /// One weight in memory.
-    type Bytes: Copy;
+    type Bytes: Copy + 'static;
     /// A magnitude, ordered as the numbers are: bits, positive as a signed number.
     type Size: Copy + Ord + Default;
     /// Bits that its fraction has less than that of `f32`.
     const DROPPED: u32;
     /// Bytes of a number.
     const BYTES: usize;
+
+    /// Weights of this type; none if they are of another.
+    fn slice(weights: Weights<'_>) -> &[Self::Bytes];
 
     /// Its value, if it is finite.
     fn value(bytes: Self::Bytes) -> f32;
@@ -150,6 +154,14 @@ impl Stored for Single {
     const BYTES: usize = 4;
 
     #[inline(always)]
+    fn slice(weights: Weights<'_>) -> &[f32] {
+        match weights {
+            Weights::F32(weights) => weights,
+            _ => &[],
+        }
+    }
+
+    #[inline(always)]
     fn value(weight: f32) -> f32 {
         weight
     }
@@ -198,6 +210,14 @@ impl Stored for Half {
     const BYTES: usize = 2;
 
     #[inline(always)]
+    fn slice(weights: Weights<'_>) -> &[[u8; 2]] {
+        match weights {
+            Weights::F16(weights) => weights,
+            _ => &[],
+        }
+    }
+
+    #[inline(always)]
     fn value(bytes: [u8; 2]) -> f32 {
         let bits = u32::from(u16::from_le_bytes(bytes));
         // With the bits in place the exponent is 112 too small, for subnormal numbers as well.
@@ -243,6 +263,14 @@ impl Stored for Brain {
     type Size = i16;
     const DROPPED: u32 = 16;
     const BYTES: usize = 2;
+
+    #[inline(always)]
+    fn slice(weights: Weights<'_>) -> &[[u8; 2]] {
+        match weights {
+            Weights::BF16(weights) => weights,
+            _ => &[],
+        }
+    }
 
     #[inline(always)]
     fn value(bytes: [u8; 2]) -> f32 {

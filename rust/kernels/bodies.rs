@@ -72,11 +72,11 @@ macro_rules! bodies {
         pub(in crate::kernels) fn encode_shared_groups(
             groups: quanto_groups::Groups,
             sharing: quanto_groups::Sharing,
-            weights: Weights<'_>,
+            lanes: &quanto_groups::Lanes<'_>,
             pairs: &mut [u8],
             codes: &mut [u8],
         ) -> Result<(), quanto_groups::Beyond> {
-            quanto_groups::encode_body::<true>(groups, sharing, weights, pairs, codes)
+            quanto_groups::encode_body::<true>(groups, sharing, lanes, pairs, codes)
         }
 
         #[target_feature(enable = $features)]

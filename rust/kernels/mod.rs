@@ -215,11 +215,11 @@ offers! {
     fn encode_shared_groups [avx2 avx512] (
         groups: quanto_groups::Groups,
         sharing: quanto_groups::Sharing,
-        weights: Weights<'_>,
+        lanes: &quanto_groups::Lanes<'_>,
         pairs: &mut [u8],
         codes: &mut [u8],
     ) -> Result<(), quanto_groups::Beyond>
-        = quanto_groups::encode_body::<false>(groups, sharing, weights, pairs, codes);
+        = quanto_groups::encode_body::<false>(groups, sharing, lanes, pairs, codes);
     /// The encoder of `int4_rows`, likewise.
     fn encode_int4_rows [avx2 avx512] (
         block: usize,

@@ -2,7 +2,7 @@
 
 use super::{inputs, types_of};
 use crate::dtype::Dtype;
-use crate::formats::quanto_groups::{self, Groups, Sharing};
+use crate::formats::quanto_groups::{self, Groups, Lanes, Sharing};
 use crate::formats::{scaled, Weights};
 use crate::kernels::{self, Level};
 
@@ -37,8 +37,9 @@ pub(super) fn check_quanto_groups(level: Level) {
                         let mut pairs = vec![0; rows * shared * 2 * bytes];
                         let mut codes = vec![0; rows * size];
                         let (to, places) = (&mut codes, &mut pairs);
+                        let lanes = Lanes::neighbours(groups, sharing, weights);
                         let done =
-                            quanto_groups::encode(level, groups, sharing, weights, places, to);
+                            quanto_groups::encode(level, groups, sharing, &lanes, places, to);
                         // Of a range that the type does not hold, the number of the group is told.
                         match done {
                             Ok(()) => (done, pairs, codes),
