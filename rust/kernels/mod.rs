@@ -4,8 +4,10 @@
 //! cast) and reads like the formula. It first offers its work to the function of the same name
 //! here, which does as much of it as a faster version can, and says how much that was: nothing at
 //! the scalar level, all but a tail that does not fill a vector otherwise. What a faster version
-//! does is bit-identical (no fused multiply-add, no other order of operations), which `tests.rs`
-//! stamps out for every level; one exists only where it measures at least 1.3 times as fast.
+//! does is bit-identical (no other order of operations, and fused ones only where they are proved to
+//! give the same), which `tests.rs` stamps out for every level; one exists only where it measures at
+//! least 1.3 times as fast. Portable bodies that the compiler makes vectors of are compiled for each
+//! level (`bodies`).
 //!
 //! The level is detected once per process, by asking for every feature that its modules use. The
 //! Cargo feature `scalar` leaves the scalar bodies only. There are faster versions for x86-64;
