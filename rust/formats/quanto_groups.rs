@@ -3,7 +3,7 @@
 //! A pair is the bytes of a group's scale and, behind them, of its shift, both in the type that everything is
 //! computed in. Runs of groups are one call, whose loops `kernels` has compiled for every level.
 
-use super::rows8::{shortened, Divisor, TO_WHOLE};
+use super::rows8::{Divisor, TO_WHOLE};
 use super::shared_bytes;
 use super::stored::{for_computed, for_stored, Stored};
 use super::weights::Weights;
@@ -199,8 +199,8 @@ fn encode_of<S: Stored, C: Stored, const FMA: bool, const KEEP: bool, const PART
         } else {
             shared_bytes::put::<S, KEEP, PARTS>(parts, codes, ahead, bit, |part, weight| {
                 let Pair { scale, shift } = pairs[part];
-                let sum = shorten::<C>(weight + shift);
-                nearest(shorten::<C>(sum / scale), most)
+                let sum = C::shortened(weight + shift);
+                nearest(C::shortened(sum / scale), most)
             });
         }
     }
@@ -220,15 +220,5 @@ fn nearest_of_normal<C: Stored>(value: f32, most: f32) -> u8 {
     match C::DROPPED {
         13 => nearest(value, most),
         _ => (value + TO_WHOLE).to_bits() as u8,
-    }
-}
-
-/// `value` rounded to the type, unless it is subnormal there.
-#[inline(always)]
-fn shorten<C: Stored>(value: f32) -> f32 {
-    match C::DROPPED {
-        13 => shortened::<13>(value),
-        16 => shortened::<16>(value),
-        _ => value,
     }
 }

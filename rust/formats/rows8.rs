@@ -12,7 +12,7 @@
 
 use half::{bf16, f16};
 
-use super::stored::{for_stored, Brain, Half, Stored};
+use super::stored::{for_computed, for_stored, Brain, Half, Stored};
 use super::weights::Weights;
 use crate::dtype::Dtype;
 use crate::float8::{of_e4m3, to_e4m3};
@@ -307,49 +307,31 @@ pub(crate) fn encode_groups_body(
     codes: &mut [u8],
     scales: &mut [u8],
 ) {
-    for_stored!(weights, |weights: Type| encode_groups_of::<Type>(
-        grouping, weights, codes, scales
+    for_stored!(weights, |weights: Type| for_computed!(
+        grouping.scale_type(),
+        |Computed| groups::<Type, Computed>(grouping, weights, codes, scales)
     ));
 }
 
+/// `C` is the type of scales, in which reciprocals and products are computed.
 #[inline(always)]
-fn encode_groups_of<S: Stored>(
+fn groups<S: Stored, C: Stored>(
     grouping: &Grouping,
     weights: &[S::Bytes],
     codes: &mut [u8],
     scales: &mut [u8],
-) {
-    match grouping.scale_type() {
-        Dtype::F16 => groups::<S, 13, 2>(grouping, weights, codes, scales, |scale| {
-            f16::from_f32(scale).to_le_bytes()
-        }),
-        Dtype::BF16 => groups::<S, 16, 2>(grouping, weights, codes, scales, |scale| {
-            bf16::from_f32(scale).to_le_bytes()
-        }),
-        _ => groups::<S, 0, 4>(grouping, weights, codes, scales, f32::to_le_bytes),
-    }
-}
-
-/// `DROPPED` bits of the fraction are what the type of scales has less than F32, `WIDTH` its bytes.
-#[inline(always)]
-fn groups<S: Stored, const DROPPED: u32, const WIDTH: usize>(
-    grouping: &Grouping,
-    weights: &[S::Bytes],
-    codes: &mut [u8],
-    scales: &mut [u8],
-    bytes: impl Fn(f32) -> [u8; WIDTH],
 ) {
     let (size, low, high) = (grouping.size.max(1), grouping.low, grouping.high);
     let ahead = Some(std::mem::size_of_val(weights));
     let groups = weights
         .chunks(size)
         .zip(codes.chunks_mut(size))
-        .zip(scales.as_chunks_mut().0);
+        .zip(scales.chunks_exact_mut(C::BYTES));
     for ((weights, codes), place) in groups {
         let scale = grouping.scale(S::largest(weights));
-        *place = bytes(scale);
+        C::write(scale, place);
         let factor = round_to(grouping.scale_type(), 1.0 / scale);
-        let code = |weight| nearest_whole(shortened::<DROPPED>(weight * factor), low, high);
+        let code = |weight| nearest_whole(C::shortened(weight * factor), low, high);
         // The usual sizes of groups are multiples of one of these.
         match size.is_multiple_of(64) {
             true => each::<S, 64>(weights, codes, ahead, code),

@@ -86,6 +86,16 @@ pub(crate) trait Stored {
     /// Rounds `value` to the type, to nearest with ties to even; its bytes go to the front of `place`.
     fn write(value: f32, place: &mut [u8]) -> f32;
 
+    /// `value` rounded to the type, unless it is subnormal there.
+    #[inline(always)]
+    fn shortened(value: f32) -> f32 {
+        match Self::DROPPED {
+            13 => shortened::<13>(value),
+            16 => shortened::<16>(value),
+            _ => value,
+        }
+    }
+
     /// `value` rounded to the type, if its magnitude is less than 2^100 and it is not subnormal there.
     #[inline(always)]
     fn rounded(value: f32) -> f32 {
