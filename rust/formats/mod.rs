@@ -67,6 +67,7 @@ pub mod rows8;
 #[doc(hidden)]
 pub mod scaled;
 mod shared_bytes;
+pub(crate) mod significands;
 mod span;
 pub(crate) mod stored;
 #[doc(hidden)]

@@ -12,6 +12,7 @@
 
 use half::{bf16, f16};
 
+use super::significands::{self, Significands};
 use super::stored::{for_computed, for_stored, Brain, Half, Stored};
 use super::weights::Weights;
 use crate::dtype::Dtype;
@@ -117,7 +118,62 @@ pub fn encode(
     weights: Weights<'_>,
     codes: &mut [u8],
 ) {
-    kernels::encode_row8(level, kind, scaling, factor, weights, codes);
+    let size = weights.len().max(1);
+    let significands = match kind {
+        Codes::E4m3 => Significands::new(level, scaling, factor, size),
+        Codes::Int8 => None,
+    };
+    let encoder = Encoder {
+        level,
+        kind,
+        scaling,
+        size,
+        factors: &[factor],
+        significands: significands.as_slice(),
+    };
+    // The next row is asked for while this one is encoded.
+    encoder.encode(weights, codes, weights.bytes());
+}
+
+/// [`encode`] for weights of which `size` share a factor, the next ones another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Encoder<'a> {
+    pub level: Level,
+    pub kind: Codes,
+    pub scaling: Scaling,
+    /// At least 1.
+    pub size: usize,
+    pub factors: &'a [f32],
+    /// As many, or none: then nothing is looked up.
+    pub significands: &'a [Significands],
+}
+
+impl Encoder<'_> {
+    /// Codes of weights. `ahead` bytes behind each lies one that will be asked for soon.
+    pub(super) fn encode(&self, weights: Weights<'_>, codes: &mut [u8], ahead: usize) {
+        let Encoder { level, size, .. } = *self;
+        let compute = |factors: &[f32], weights: Weights<'_>, codes: &mut [u8]| {
+            let Encoder { kind, scaling, .. } = *self;
+            kernels::encode_row8(level, kind, scaling, size, factors, weights, codes, ahead);
+        };
+        match weights {
+            Weights::BF16(weights) if !self.significands.is_empty() => {
+                let tables = self.significands;
+                significands::encode(
+                    level,
+                    tables,
+                    size,
+                    weights,
+                    codes,
+                    ahead,
+                    |number, weights, codes| {
+                        compute(&self.factors[number..], weights, codes);
+                    },
+                );
+            }
+            _ => compute(self.factors, weights, codes),
+        }
+    }
 }
 
 /// Codes of whole groups of `weights`, and the bytes of their scales.
@@ -160,26 +216,28 @@ pub(crate) fn largest_body(weights: Weights<'_>) -> f32 {
 pub(crate) fn encode_body<const FMA: bool>(
     kind: Codes,
     scaling: Scaling,
-    factor: f32,
+    size: usize,
+    factors: &[f32],
     weights: Weights<'_>,
     codes: &mut [u8],
+    ahead: usize,
 ) {
     for_stored!(weights, |weights: Type| {
-        // The next row is asked for while this one is encoded.
-        let ahead = Some(std::mem::size_of_val(weights));
-        encode_of::<Type, FMA>(kind, scaling, factor, weights, codes, ahead);
+        let parts = weights.chunks(size).zip(codes.chunks_mut(size));
+        for ((weights, codes), &factor) in parts.zip(factors) {
+            encode_of::<Type, FMA>(kind, scaling, factor, weights, codes, ahead);
+        }
     });
 }
 
-/// As [`encode_body`], for weights of one type. `ahead` bytes behind each lies one that will be asked for soon.
 #[inline(always)]
-pub(super) fn encode_of<S: Stored, const FMA: bool>(
+fn encode_of<S: Stored, const FMA: bool>(
     kind: Codes,
     scaling: Scaling,
     factor: f32,
     weights: &[S::Bytes],
     codes: &mut [u8],
-    ahead: Option<usize>,
+    ahead: usize,
 ) {
     match kind {
         Codes::Int8 => scaled::<S, FMA>(scaling, factor, weights, codes, ahead, |value, _| {
@@ -198,7 +256,7 @@ fn scaled<S: Stored, const FMA: bool>(
     factor: f32,
     weights: &[S::Bytes],
     codes: &mut [u8],
-    ahead: Option<usize>,
+    ahead: usize,
     nearest: impl Fn(f32, f32) -> u8,
 ) {
     match scaling {
@@ -224,7 +282,7 @@ fn quotients<S: Stored>(
     dtype: Dtype,
     weights: &[S::Bytes],
     codes: &mut [u8],
-    ahead: Option<usize>,
+    ahead: usize,
     nearest: impl Fn(f32, f32) -> u8,
     divide: impl Fn(f32) -> f32,
 ) {
@@ -281,16 +339,14 @@ impl Divisor {
 fn each<S: Stored, const RUN: usize>(
     weights: &[S::Bytes],
     codes: &mut [u8],
-    ahead: Option<usize>,
+    ahead: usize,
     code: impl Fn(f32) -> u8,
 ) {
     // Runs of a fixed length, so that bytes are put together from whole vectors.
     let (runs, rest) = weights.as_chunks::<RUN>();
     let (places, last) = codes.as_chunks_mut::<RUN>();
     for (weights, places) in runs.iter().zip(places) {
-        if let Some(ahead) = ahead {
-            kernels::ahead(weights, ahead);
-        }
+        kernels::ahead(weights, ahead);
         for (place, &weight) in places.iter_mut().zip(weights) {
             *place = code(S::value(weight));
         }
@@ -322,7 +378,7 @@ fn groups<S: Stored, C: Stored>(
     scales: &mut [u8],
 ) {
     let (size, low, high) = (grouping.size.max(1), grouping.low, grouping.high);
-    let ahead = Some(std::mem::size_of_val(weights));
+    let ahead = std::mem::size_of_val(weights);
     let groups = weights
         .chunks(size)
         .zip(codes.chunks_mut(size))

@@ -33,6 +33,7 @@
 //! `fp8:tensor` are what compressed-tensors and others store, and are decoded only.
 
 use super::rows8::{self, Codes, Scaling};
+use super::significands::{self, Significands};
 use super::stored::{for_stored, Stored};
 use super::{
     Component, Encodes, Exactness, Format, Info, Layout, Naming, Params, Parts, PartsMut, Span,
@@ -41,7 +42,8 @@ use super::{
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::float8::{of_e8m0, E4M3_MOST};
-use crate::{kernels, shape};
+use crate::kernels::{self, Level};
+use crate::shape;
 
 /// Rows and columns that share a scale, where blocks do.
 const BLOCK: u64 = 128;
@@ -220,6 +222,9 @@ impl Scaled {
     }
 }
 
+/// Squares are taken side by side up to this width, so that what is read at a time stays in a cache.
+const STRIP: usize = 4096;
+
 /// Squares of a matrix that share a scale each.
 #[derive(Debug, Clone, Copy)]
 pub struct Squares {
@@ -231,70 +236,95 @@ pub struct Squares {
     pub columns: usize,
 }
 
-/// Codes and scales of a row of squares; whether all weights are finite. With `FMA` as [`rows8::encode_body`].
-#[inline(always)]
-pub(crate) fn encode_squares_body<const FMA: bool>(
+/// Codes and scales of a row of squares; whether all weights are finite.
+pub(crate) fn encode_squares(
+    level: Level,
     format: &Scaled,
     squares: Squares,
     weights: Weights<'_>,
     codes: &mut [u8],
     scales: &mut [u8],
 ) -> bool {
-    for_stored!(weights, |weights: Type| encode_squares_of::<Type, FMA>(
-        format, squares, weights, codes, scales
-    ))
-}
-
-#[inline(always)]
-fn encode_squares_of<S: Stored, const FMA: bool>(
-    format: &Scaled,
-    squares: Squares,
-    weights: &[S::Bytes],
-    codes: &mut [u8],
-    scales: &mut [u8],
-) -> bool {
-    /// Squares are taken side by side up to this width, so that what is read at a time stays in a cache.
-    const STRIP: usize = 512;
     let Squares { size, columns, .. } = squares;
     let (kind, scaling) = (format.codes, format.scaling(squares.dtype));
     let width = size.max(STRIP / size * size).min(columns).max(1);
-    let ahead = Some(width * std::mem::size_of::<S::Bytes>());
-    let mut sizes = vec![S::Size::default(); width];
-    let mut factors = vec![0f32; width.div_ceil(size)];
+    let ahead = weights.split_at(width).0.bytes();
+    let rows = weights.len() / columns.max(1);
+    let across = width.div_ceil(size);
+    let (mut factors, mut significands) = (vec![0f32; across], Vec::with_capacity(across));
     let mut places = scales.as_chunks_mut().0.iter_mut();
     let mut is_finite = true;
     for start in (0..columns).step_by(width) {
-        let strip = start..columns.min(start + width);
-        let sizes = sizes.get_mut(..strip.len()).unwrap_or_default();
-        sizes.fill(S::Size::default());
-        for row in weights.chunks_exact(columns) {
-            let row = row.get(strip.clone()).unwrap_or_default();
-            for (most, &weight) in sizes.iter_mut().zip(row) {
-                *most = S::size(weight).max(*most);
+        let end = columns.min(start + width);
+        let factors = &mut factors[..(end - start).div_ceil(size)];
+        kernels::measure_squares(level, squares, start, end, weights, factors);
+        significands.clear();
+        for (factor, place) in factors.iter_mut().zip(&mut places) {
+            is_finite &= factor.is_finite();
+            let scale;
+            (scale, *factor) = format.scale(*factor, squares.dtype);
+            *place = scale.to_le_bytes();
+            if size.is_multiple_of(significands::RUN) {
+                significands.extend(Significands::new(level, scaling, *factor, rows * size));
             }
         }
-        let found = sizes.chunks(size).zip(&mut factors).zip(&mut places);
-        for ((sizes, factor), place) in found {
-            let most = sizes.iter().copied().fold(S::Size::default(), Ord::max);
-            let most = S::of_size(most);
-            is_finite &= most.is_finite();
-            let scale;
-            (scale, *factor) = format.scale(most, squares.dtype);
-            *place = scale.to_le_bytes();
+        if significands.len() < factors.len() {
+            significands.clear();
         }
-        let rows = weights
+        let encoder = rows8::Encoder {
+            level,
+            kind,
+            scaling,
+            size,
+            factors,
+            significands: &significands,
+        };
+        let lines = weights
             .chunks_exact(columns)
             .zip(codes.chunks_exact_mut(columns));
-        for (row, codes) in rows {
-            let row = row.get(strip.clone()).unwrap_or_default();
-            let codes = codes.get_mut(strip.clone()).unwrap_or_default();
-            let runs = row.chunks(size).zip(codes.chunks_mut(size)).zip(&factors);
-            for ((weights, codes), &by) in runs {
-                rows8::encode_of::<S, FMA>(kind, scaling, by, weights, codes, ahead);
-            }
+        for (weights, codes) in lines {
+            let (_, weights) = weights.split_at(start);
+            let (weights, _) = weights.split_at(end - start);
+            encoder.encode(weights, &mut codes[start..end], ahead);
         }
     }
     is_finite
+}
+
+/// The largest magnitudes of squares that lie side by side, from column `start` to `end`.
+#[inline(always)]
+pub(crate) fn measure_squares_body(
+    squares: Squares,
+    start: usize,
+    end: usize,
+    weights: Weights<'_>,
+    largest: &mut [f32],
+) {
+    for_stored!(weights, |weights: Type| measure_squares_of::<Type>(
+        squares, start, end, weights, largest
+    ));
+}
+
+#[inline(always)]
+fn measure_squares_of<S: Stored>(
+    squares: Squares,
+    start: usize,
+    end: usize,
+    weights: &[S::Bytes],
+    largest: &mut [f32],
+) {
+    let Squares { size, columns, .. } = squares;
+    let mut sizes = vec![S::Size::default(); end - start];
+    for row in weights.chunks_exact(columns) {
+        let row = row.get(start..end).unwrap_or_default();
+        for (most, &weight) in sizes.iter_mut().zip(row) {
+            *most = S::size(weight).max(*most);
+        }
+    }
+    for (sizes, largest) in sizes.chunks(size).zip(largest) {
+        let most = sizes.iter().copied().fold(S::Size::default(), Ord::max);
+        *largest = S::of_size(most);
+    }
 }
 
 impl Format for Scaled {
@@ -431,7 +461,7 @@ impl Format for Scaled {
                 let scales = scales.chunks_exact_mut(columns.div_ceil(size) * 4);
                 for ((weights, codes), scales) in units.zip(scales) {
                     let level = kernels::level();
-                    if !kernels::encode_squares(level, self, squares, weights, codes, scales) {
+                    if !encode_squares(level, self, squares, weights, codes, scales) {
                         return Err(self.not_finite());
                     }
                 }

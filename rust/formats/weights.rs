@@ -56,6 +56,14 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Bytes that they take.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Weights::F32(weights) => std::mem::size_of_val(*weights),
+            Weights::F16(weights) | Weights::BF16(weights) => std::mem::size_of_val(*weights),
+        }
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -5,11 +5,13 @@
 
 mod bodies;
 mod e2m1;
+mod e4m3;
 mod lanes;
 mod levels;
 
 pub(super) use bodies::*;
 pub(super) use e2m1::*;
+pub(super) use e4m3::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
 

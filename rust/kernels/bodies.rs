@@ -9,14 +9,14 @@ macro_rules! bodies {
         use crate::formats::{fp4_blocks, int4_rows, quanto_groups, scaled, torchao_int4, Weights};
 
         #[target_feature(enable = $features)]
-        pub(in crate::kernels) fn encode_squares(
-            format: &scaled::Scaled,
+        pub(in crate::kernels) fn measure_squares(
             squares: scaled::Squares,
+            start: usize,
+            end: usize,
             weights: Weights<'_>,
-            codes: &mut [u8],
-            scales: &mut [u8],
-        ) -> bool {
-            scaled::encode_squares_body::<true>(format, squares, weights, codes, scales)
+            largest: &mut [f32],
+        ) {
+            scaled::measure_squares_body(squares, start, end, weights, largest);
         }
 
         #[target_feature(enable = $features)]
@@ -28,11 +28,13 @@ macro_rules! bodies {
         pub(in crate::kernels) fn encode_row8(
             kind: Codes,
             scaling: Scaling,
-            factor: f32,
+            size: usize,
+            factors: &[f32],
             weights: Weights<'_>,
             codes: &mut [u8],
+            ahead: usize,
         ) {
-            rows8::encode_body::<true>(kind, scaling, factor, weights, codes);
+            rows8::encode_body::<true>(kind, scaling, size, factors, weights, codes, ahead);
         }
 
         #[target_feature(enable = $features)]

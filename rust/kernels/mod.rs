@@ -30,6 +30,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
+use crate::formats::significands::Significands;
 use crate::formats::{
     e2m1, fp4_blocks, int4_rows, quanto_groups, rows8, scaled, torchao_int4, Weights,
 };
@@ -89,6 +90,36 @@ impl Level {
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| Level::available().pop().unwrap_or(Level::SCALAR))
+}
+
+/// Whether [`look_up_e4m3`] does anything: AVX-512 needs its byte permutations (VBMI) for it.
+pub(crate) fn looks_up(level: Level) -> bool {
+    match level.0 {
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        Tier::Avx512 => is_x86_feature_detected!("avx512vbmi"),
+        _ => false,
+    }
+}
+
+/// E4M3 codes of whole runs of BF16 weights, up to 64 of them, each `size` weights by a table of their own; the
+/// bits that are set in what it gives are those of runs with weights that cannot be looked up.
+#[allow(unused_variables)]
+pub(crate) fn look_up_e4m3(
+    level: Level,
+    tables: &[Significands],
+    size: usize,
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    ahead: usize,
+) -> u64 {
+    match level.0 {
+        // SAFETY: this level comes from detection only, and what it does not include was asked for.
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        Tier::Avx512 if looks_up(level) => unsafe {
+            avx512::look_up_e4m3(tables, size, weights, codes, ahead)
+        },
+        _ => u64::MAX,
+    }
 }
 
 /// Asks for the memory that lies `bytes` behind `values`, so that it is nearer once it is read.
@@ -179,10 +210,12 @@ offers! {
     fn encode_row8 [avx2 avx512] (
         kind: rows8::Codes,
         scaling: rows8::Scaling,
-        factor: f32,
+        size: usize,
+        factors: &[f32],
         weights: Weights<'_>,
         codes: &mut [u8],
-    ) -> () = rows8::encode_body::<false>(kind, scaling, factor, weights, codes);
+        ahead: usize,
+    ) -> () = rows8::encode_body::<false>(kind, scaling, size, factors, weights, codes, ahead);
     fn decode_row8 [avx2 avx512] (
         kind: rows8::Codes,
         zero: i8,
@@ -205,14 +238,14 @@ offers! {
         zeros: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
-    /// The encoder of `scaled` for squares of a matrix, likewise.
-    fn encode_squares [avx2 avx512] (
-        format: &scaled::Scaled,
+    /// Largest magnitudes of the squares of `scaled`, likewise.
+    fn measure_squares [avx2 avx512] (
         squares: scaled::Squares,
+        start: usize,
+        end: usize,
         weights: Weights<'_>,
-        codes: &mut [u8],
-        scales: &mut [u8],
-    ) -> bool = scaled::encode_squares_body::<false>(format, squares, weights, codes, scales);
+        largest: &mut [f32],
+    ) -> () = scaled::measure_squares_body(squares, start, end, weights, largest);
     /// `quanto_groups::encode`, likewise.
     fn encode_shared_groups [avx2 avx512] (
         groups: quanto_groups::Groups,

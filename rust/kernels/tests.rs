@@ -13,7 +13,7 @@ mod shared_scales;
 mod small_floats;
 
 use shared_scales::{check_int4_rows, check_quanto_groups, check_squares};
-use small_floats::{check_e2m1, check_fp4_blocks};
+use small_floats::{check_e2m1, check_e4m3_of_bf16, check_fp4_blocks};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
 struct Random(u64);
@@ -555,6 +555,7 @@ stamp! {
     fp4: |level| check_4bit(level, &FP4);
     int8: |level| check_int8(level);
     rows_of_bytes: |level| check_rows8(level);
+    small_floats_of_bf16: |level| check_e4m3_of_bf16(level);
     groups_of_bytes: |level| check_groups8(level);
     groups_that_share_bytes: |level| check_quanto_groups(level);
     rows_that_share_bytes: |level| check_int4_rows(level);

@@ -78,7 +78,7 @@ pub(super) fn check_squares(level: Level) {
                     let mut codes = vec![0; rows * columns];
                     let mut scales = vec![0; columns.div_ceil(size) * 4];
                     let (to, places) = (&mut codes, &mut scales);
-                    let done = kernels::encode_squares(level, format, squares, weights, to, places);
+                    let done = scaled::encode_squares(level, format, squares, weights, to, places);
                     assert!(done);
                     (codes, scales)
                 });

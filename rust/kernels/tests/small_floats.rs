@@ -1,7 +1,9 @@
 //! Floats of 4 bits, and blocks of small floats that share a scale.
 
-use super::{inputs, values, OFFSETS};
+use super::{inputs, values, Random, OFFSETS};
+use crate::dtype::Dtype;
 use crate::formats::fp4_blocks::{self, Rule};
+use crate::formats::rows8::{self, Codes};
 use crate::formats::{e2m1, Weights};
 use crate::kernels::Level;
 
@@ -117,6 +119,74 @@ pub(super) fn check_fp4_blocks(level: Level) {
                     assert!(got == expected, "{rule:?}, {blocks} blocks");
                 }
             }
+        }
+    }
+}
+
+/// E4M3 codes of every pattern of BF16, which some levels look up: each pattern among ones that can be looked up,
+/// and all of them one after the other.
+pub(super) fn check_e4m3_of_bf16(level: Level) {
+    use rows8::Scaling::{self, Product, Quotient};
+    let patterns: Vec<[u8; 2]> = (0..=u16::MAX)
+        .filter(|bits| f32::from_bits(u32::from(*bits) << 16).is_finite())
+        .map(u16::to_le_bytes)
+        .collect();
+    let check = |scaling: Scaling, factor: f32, weights: &[[u8; 2]]| {
+        let weights = Weights::BF16(weights);
+        let (mut expected, mut got) = (vec![0; weights.len()], vec![0; weights.len()]);
+        rows8::encode(
+            Level::SCALAR,
+            Codes::E4m3,
+            scaling,
+            factor,
+            weights,
+            &mut expected,
+        );
+        rows8::encode(level, Codes::E4m3, scaling, factor, weights, &mut got);
+        assert!(got == expected, "{scaling:?} {factor:e}");
+    };
+    let mut random = Random(7);
+    let edges = [
+        1.0,
+        1f32.next_up(),
+        1f32.next_down(),
+        1.0 / 448.0,
+        448.0,
+        f32::MIN_POSITIVE,
+        f32::from_bits(1),
+        1e-36,
+        1e36,
+        f32::MAX,
+    ];
+    let drawn = (0..40).map(|_| f32::from_bits((random.next() & 0x3fff_ffff) + 0x2000_0000));
+    for factor in edges.into_iter().chain(drawn.collect::<Vec<_>>()) {
+        for scaling in [
+            Product,
+            Quotient(Dtype::F32),
+            Quotient(Dtype::F16),
+            Quotient(Dtype::BF16),
+        ] {
+            // No quotient is beyond what a largest weight gives.
+            let fits = |bytes: &[u8; 2]| {
+                let weight = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                let scaled = match scaling {
+                    Product => weight * factor,
+                    Quotient(_) => weight / factor,
+                };
+                scaled.abs() < 2000.0
+            };
+            let fitting: Vec<[u8; 2]> = patterns.iter().copied().filter(fits).collect();
+            check(scaling, factor, &fitting);
+            // Nearly all of them are within the range of E4M3 then, in no order.
+            let near: Vec<[u8; 2]> = (0..8000)
+                .map(|_| {
+                    let lowest = fitting.len() / 2 * 15 / 16;
+                    let number = lowest + random.next() as usize % (fitting.len() / 2 - lowest);
+                    fitting[number]
+                })
+                .collect();
+            check(scaling, factor, &near);
+            check(scaling, factor, &near[..7993]);
         }
     }
 }

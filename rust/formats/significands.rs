@@ -1,0 +1,109 @@
+//! E4M3 codes of BF16 weights, looked up by significand.
+//!
+//! A weight is ±2^e·(1 + s/128). Its code, after a product with or a quotient by one number, is c(s) + 8·e but for
+//! a constant, as long as nothing is subnormal: a power of two changes neither how the quotient is rounded nor how
+//! the code is. So 128 codes, made by the arithmetic of [`super::rows8`] once for each such number, serve all
+//! weights that share it. Smaller weights, of which there are few, and what is not finite are left to that
+//! arithmetic.
+
+use super::rows8::{Codes, Scaling};
+use super::weights::Weights;
+use crate::kernels::{self, Level};
+
+/// The codes of weights with one exponent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Significands {
+    /// Codes of the significands, in order, with the least exponent.
+    pub(crate) codes: [u8; COUNT],
+    /// The least exponent (with its bias) whose codes are all normal. Those of the [`EXPONENTS`] beginning with it
+    /// are these codes and 8 for each step, but 0x7e at most.
+    pub(crate) least: u8,
+}
+
+/// Significands of BF16.
+pub(crate) const COUNT: usize = 128;
+/// E4M3 has as many exponents; beyond them there is nothing but the largest code.
+pub(crate) const EXPONENTS: u8 = 16;
+/// Weights that are looked up at a time.
+pub(crate) const RUN: usize = 64;
+/// Most runs of a call, each of which has a bit of its answer.
+const MOST_RUNS: usize = 64;
+/// As many weights are worth a table.
+const WORTH: usize = 512;
+
+impl Significands {
+    /// Those for `count` weights that share `factor`, where looking up is faster than the arithmetic.
+    pub(super) fn new(level: Level, scaling: Scaling, factor: f32, count: usize) -> Option<Self> {
+        /// The least normal number of E4M3.
+        const LEAST: f32 = 1.0 / 64.0;
+        if count < WORTH || !kernels::looks_up(level) {
+            return None;
+        }
+        let border = match scaling {
+            Scaling::Product => LEAST / factor,
+            Scaling::Quotient(_) => LEAST * factor,
+        };
+        // One more than that of the border, which may itself be rounded.
+        let least = (border.to_bits() >> 23) + 1;
+        // Neither the border nor any number that is looked up is subnormal, infinite or NaN.
+        if !border.is_normal() || border < 0.0 || least + u32::from(EXPONENTS) > 254 {
+            return None;
+        }
+        let bits: [u16; COUNT] = std::array::from_fn(|index| (least << 7) as u16 | index as u16);
+        let weights = bits.map(u16::to_le_bytes);
+        let mut codes = [0; COUNT];
+        let weights = Weights::BF16(&weights);
+        let factors = [factor];
+        kernels::encode_row8(
+            level,
+            Codes::E4m3,
+            scaling,
+            COUNT,
+            &factors,
+            weights,
+            &mut codes,
+            0,
+        );
+        Some(Significands {
+            codes,
+            least: least as u8,
+        })
+    }
+}
+
+/// Codes of weights, each `size` of them by a table of their own; if there is more than one, that is a multiple of
+/// [`RUN`]. Runs with others than those that can be looked up are left to `compute`, with the number of the table.
+pub(super) fn encode(
+    level: Level,
+    tables: &[Significands],
+    size: usize,
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    ahead: usize,
+    compute: impl Fn(usize, Weights<'_>, &mut [u8]),
+) {
+    // Several tables at once if they serve few weights, parts of what one serves if these are many.
+    let together = (MOST_RUNS * RUN / size).max(1);
+    let blocks = weights
+        .chunks(size * together)
+        .zip(codes.chunks_mut(size * together));
+    for (number, ((weights, codes), tables)) in blocks.zip(tables.chunks(together)).enumerate() {
+        let parts = weights
+            .chunks(MOST_RUNS * RUN)
+            .zip(codes.chunks_mut(MOST_RUNS * RUN));
+        for (weights, codes) in parts {
+            let table = |at: usize| number * together + at / size;
+            let mut missed = kernels::look_up_e4m3(level, tables, size, weights, codes, ahead);
+            while missed != 0 {
+                let at = RUN * missed.trailing_zeros() as usize;
+                let (weights, codes) = (&weights[at..at + RUN], &mut codes[at..at + RUN]);
+                compute(table(at), Weights::BF16(weights), codes);
+                missed &= missed - 1;
+            }
+            let at = weights.len() - weights.len() % RUN;
+            if let last @ [_, ..] = &weights[at..] {
+                compute(table(at), Weights::BF16(last), &mut codes[at..]);
+            }
+        }
+    }
+}
