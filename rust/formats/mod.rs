@@ -18,6 +18,7 @@ pub mod bnb4;
 mod bnb4_state;
 #[doc(hidden)]
 pub mod bnb8;
+pub(crate) mod borders;
 #[doc(hidden)]
 pub mod e2m1;
 #[doc(hidden)]

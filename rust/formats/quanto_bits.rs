@@ -444,20 +444,9 @@ impl Format for QuantoBits {
             Some(fold) => shape::to_usize(fold.parts())?,
             None => 1,
         };
-        let part_bytes = (scales.len() / parts).max(1);
-        let places = scales
-            .chunks_mut(part_bytes)
-            .zip(shifts.chunks_mut(part_bytes));
-        for (part, (scales, shifts)) in places.enumerate() {
-            let pairs = statistics.chunks_exact(2 * bytes).skip(part).step_by(parts);
-            let places = scales
-                .chunks_exact_mut(bytes)
-                .zip(shifts.chunks_exact_mut(bytes));
-            for (pair, (scale, shift)) in pairs.zip(places) {
-                let (first, second) = pair.split_at(bytes);
-                scale.copy_from_slice(first);
-                shift.copy_from_slice(second);
-            }
+        match bytes {
+            2 => split_pairs::<2>(parts, statistics, &mut scales, &mut shifts),
+            _ => split_pairs::<4>(parts, statistics, &mut scales, &mut shifts),
         }
         if sizes.is_through_middle {
             for (scale, shift) in scales.chunks_exact(2).zip(shifts.chunks_exact_mut(2)) {
@@ -520,6 +509,26 @@ impl QuantoBits {
         let mask = (1u8 << self.bits) - 1;
         for (weight, code) in weights.iter_mut().zip(codes) {
             *weight = f32::from(code >> bit & mask) * scale - shift;
+        }
+    }
+}
+
+/// Scales and shifts of `BYTES` each, from pairs of which `parts` take turns.
+fn split_pairs<const BYTES: usize>(
+    parts: usize,
+    pairs: &[u8],
+    scales: &mut [u8],
+    shifts: &mut [u8],
+) {
+    let (pairs, _) = pairs.as_chunks::<BYTES>().0.as_chunks::<2>();
+    let scales = scales.as_chunks_mut::<BYTES>().0;
+    let shifts = shifts.as_chunks_mut::<BYTES>().0;
+    let of_part = (scales.len() / parts).max(1);
+    let places = scales.chunks_mut(of_part).zip(shifts.chunks_mut(of_part));
+    for (part, (scales, shifts)) in places.enumerate() {
+        let pairs = pairs.iter().skip(part).step_by(parts);
+        for ([first, second], (scale, shift)) in pairs.zip(scales.iter_mut().zip(shifts)) {
+            (*scale, *shift) = (*first, *second);
         }
     }
 }

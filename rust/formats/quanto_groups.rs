@@ -3,9 +3,10 @@
 //! A pair is the bytes of a group's scale and, behind them, of its shift, both in the type that everything is
 //! computed in. Runs of groups are one call, whose loops `kernels` has compiled for every level.
 
+use super::borders;
 use super::rows8::{Divisor, TO_WHOLE};
 use super::shared_bytes;
-use super::stored::{for_computed, for_stored, Stored};
+use super::stored::{for_computed, for_stored, Brain, Stored};
 use super::weights::Weights;
 use crate::dtype::Dtype;
 use crate::kernels::{self, Level};
@@ -24,7 +25,7 @@ pub struct Groups {
 impl Groups {
     /// The largest code.
     #[inline(always)]
-    fn most(self) -> f32 {
+    pub(crate) fn most(self) -> f32 {
         f32::from((1u8 << self.bits) - 1)
     }
 }
@@ -38,27 +39,34 @@ pub enum Sharing {
     Others(u32),
 }
 
+impl Sharing {
+    /// Groups of a byte.
+    fn parts(self, groups: Groups) -> usize {
+        match self {
+            Sharing::Neighbours => 8 / groups.bits as usize,
+            Sharing::Others(_) => 1,
+        }
+    }
+}
+
 /// Where groups lie that share bytes: those of one lane go to the same bits.
 #[derive(Debug, Clone, Copy)]
 pub struct Lanes<'a> {
-    weights: [Weights<'a>; MAX_LANES],
+    pub(crate) weights: [Weights<'a>; MAX_LANES],
     /// Weights from a group of a lane to the next.
-    step: usize,
-    /// Whether what lies behind a lane is what the next call gets.
-    goes_on: bool,
+    pub(crate) step: usize,
+    /// So many bytes behind what this call gets lies what the next one gets.
+    pub(crate) ahead: Option<usize>,
 }
 
 impl<'a> Lanes<'a> {
     /// Groups one after the other, those of a byte together.
     pub fn neighbours(groups: Groups, sharing: Sharing, weights: Weights<'a>) -> Self {
-        let count = match sharing {
-            Sharing::Neighbours => 8 / groups.bits as usize,
-            Sharing::Others(_) => 1,
-        };
+        let count = sharing.parts(groups);
         Lanes {
             weights: std::array::from_fn(|lane| weights.split_at(lane * groups.size).1),
             step: groups.size * count,
-            goes_on: false,
+            ahead: None,
         }
     }
 
@@ -67,7 +75,16 @@ impl<'a> Lanes<'a> {
         Lanes {
             weights,
             step: groups.size,
-            goes_on: true,
+            ahead: Some(weights[0].bytes()),
+        }
+    }
+
+    /// Those of each lane but the first `count`.
+    fn after(&self, count: usize) -> Self {
+        let at = count * self.step;
+        Lanes {
+            weights: self.weights.map(|weights| weights.split_at(at).1),
+            ..*self
         }
     }
 }
@@ -88,7 +105,41 @@ pub fn encode(
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> Result<(), Beyond> {
-    kernels::encode_shared_groups(level, groups, sharing, lanes, pairs, codes)
+    let parts = sharing.parts(groups);
+    let pair = 2 * parts * for_computed!(groups.dtype, |Computed| Computed::BYTES);
+    let has_borders = sharing == Sharing::Neighbours
+        && groups.dtype == Dtype::BF16
+        && groups.size.is_multiple_of(borders::RUN)
+        && matches!(lanes.weights[0], Weights::BF16(_));
+    let count = codes.len() / groups.size;
+    let mut first = 0;
+    while first < count {
+        let lanes = lanes.after(first);
+        let pairs = &mut pairs[first * pair..count * pair];
+        let codes = &mut codes[first * groups.size..];
+        let mut next = count - first;
+        if has_borders {
+            let done = kernels::encode_bf16_groups(
+                level,
+                groups,
+                borders::dividends(),
+                &lanes,
+                pairs,
+                codes,
+            );
+            if done > 0 {
+                first += done;
+                continue;
+            }
+            // What is not done by borders is done by arithmetic, and then others may be.
+            next = next.min(borders::TOGETHER / parts);
+        }
+        let (pairs, codes) = (&mut pairs[..next * pair], &mut codes[..next * groups.size]);
+        kernels::encode_shared_groups(level, groups, sharing, &lanes, pairs, codes)
+            .map_err(|Beyond(number)| Beyond(first * parts + number))?;
+        first += next;
+    }
+    Ok(())
 }
 
 /// Pairs of whole groups.
@@ -172,9 +223,6 @@ fn encode_of<S: Stored, C: Stored, const FMA: bool, const KEEP: bool, const PART
     for (slice, weights) in slices.iter_mut().zip(lanes.weights) {
         *slice = S::slice(weights);
     }
-    let ahead = lanes
-        .goes_on
-        .then(|| codes.len() * std::mem::size_of::<S::Bytes>());
     let runs = pairs
         .chunks_exact_mut(2 * C::BYTES * PARTS)
         .zip(codes.chunks_exact_mut(size));
@@ -191,13 +239,13 @@ fn encode_of<S: Stored, C: Stored, const FMA: bool, const KEEP: bool, const PART
         let bit = |part: usize| first_bit + part as u32 * bits;
         if FMA && pairs.iter().all(|pair| Divisor::serves(pair.scale)) {
             let divisors = pairs.map(|pair| (Divisor::new(pair.scale), pair.shift));
-            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, ahead, bit, |part, weight| {
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, lanes.ahead, bit, |part, weight| {
                 let (divisor, shift) = divisors[part];
                 let sum = C::rounded(weight + shift);
                 nearest_of_normal::<C>(C::rounded(divisor.divide(sum)), most)
             });
         } else {
-            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, ahead, bit, |part, weight| {
+            shared_bytes::put::<S, KEEP, PARTS>(parts, codes, lanes.ahead, bit, |part, weight| {
                 let Pair { scale, shift } = pairs[part];
                 let sum = C::shortened(weight + shift);
                 nearest(C::shortened(sum / scale), most)
@@ -221,4 +269,9 @@ fn nearest_of_normal<C: Stored>(value: f32, most: f32) -> u8 {
         13 => nearest(value, most),
         _ => (value + TO_WHOLE).to_bits() as u8,
     }
+}
+
+/// The code of a BF16 weight that is so much above the least, from the definition.
+pub(super) fn code_of(sum: f32, scale: f32) -> u8 {
+    nearest(Brain::shortened(sum / scale), 15.0)
 }

@@ -119,10 +119,7 @@ pub fn encode(
     codes: &mut [u8],
 ) {
     let size = weights.len().max(1);
-    let significands = match kind {
-        Codes::E4m3 => Significands::new(level, scaling, factor, size),
-        Codes::Int8 => None,
-    };
+    let significands = Significands::new(level, kind, scaling, factor, size);
     let encoder = Encoder {
         level,
         kind,
@@ -313,10 +310,17 @@ pub(crate) struct Divisor {
 }
 
 impl Divisor {
-    /// Whether the reciprocal of `by` and what is left of dividends that count are normal numbers.
+    /// From the least number that serves to the least that is too large: the reciprocals, and what is left of
+    /// dividends that count, are normal numbers.
+    pub(crate) const SERVES: (f32, f32) = (
+        f32::from_bits((127 - 80) << 23),
+        f32::from_bits((127 + 80) << 23),
+    );
+
+    /// Whether `by` is one of [`Divisor::SERVES`].
     #[inline(always)]
     pub(crate) fn serves(by: f32) -> bool {
-        (f32::from_bits((127 - 80) << 23)..f32::from_bits((127 + 80) << 23)).contains(&by)
+        (Self::SERVES.0..Self::SERVES.1).contains(&by)
     }
 
     #[inline(always)]

@@ -265,7 +265,13 @@ pub(crate) fn encode_squares(
             (scale, *factor) = format.scale(*factor, squares.dtype);
             *place = scale.to_le_bytes();
             if size.is_multiple_of(significands::RUN) {
-                significands.extend(Significands::new(level, scaling, *factor, rows * size));
+                significands.extend(Significands::new(
+                    level,
+                    kind,
+                    scaling,
+                    *factor,
+                    rows * size,
+                ));
             }
         }
         if significands.len() < factors.len() {

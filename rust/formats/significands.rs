@@ -33,10 +33,16 @@ const WORTH: usize = 512;
 
 impl Significands {
     /// Those for `count` weights that share `factor`, where looking up is faster than the arithmetic.
-    pub(super) fn new(level: Level, scaling: Scaling, factor: f32, count: usize) -> Option<Self> {
+    pub(super) fn new(
+        level: Level,
+        kind: Codes,
+        scaling: Scaling,
+        factor: f32,
+        count: usize,
+    ) -> Option<Self> {
         /// The least normal number of E4M3.
         const LEAST: f32 = 1.0 / 64.0;
-        if count < WORTH || !kernels::looks_up(level) {
+        if kind != Codes::E4m3 || count < WORTH || !kernels::looks_up(level) {
             return None;
         }
         let border = match scaling {

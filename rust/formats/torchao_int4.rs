@@ -35,6 +35,7 @@
 //! Peer: torchao 0.18.0 (`Int4WeightOnlyConfig`, packing format PLAIN) on CPU, with the functions that it takes
 //! from MSLK, which are those of fbgemm-gpu-genai 1.9.0 too.
 
+use super::borders;
 use super::rows8::{self, Divisor, TO_WHOLE};
 use super::scaled::read_scale;
 use super::stored::{for_computed, for_stored, Stored};
@@ -44,7 +45,7 @@ use super::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, Level};
 use crate::shape;
 
 /// The format; it holds nothing.
@@ -108,16 +109,16 @@ impl Sizes {
 
 /// What the codes of one group are counted from, and the distance of two.
 #[derive(Debug, Clone, Copy)]
-struct Steps {
-    least: f32,
-    step: f32,
+pub(crate) struct Steps {
+    pub(crate) least: f32,
+    pub(crate) step: f32,
     is_zero: bool,
 }
 
 impl Steps {
     /// Those of weights in this range. Their step is infinite where `f32` does not hold the range, or weights are not finite.
     #[inline(always)]
-    fn between((least, greatest): (f32, f32)) -> Self {
+    pub(crate) fn between((least, greatest): (f32, f32)) -> Self {
         let range = greatest - least;
         let range = match range.is_finite() {
             true => range.max(LEAST_RANGE),
@@ -132,7 +133,7 @@ impl Steps {
 
     /// Puts scale and zero point to `pair`, in the type `C`.
     #[inline(always)]
-    fn store<C: Stored>(self, pair: &mut [u8]) {
+    pub(crate) fn store<C: Stored>(self, pair: &mut [u8]) {
         let (scale_place, zero_place) = pair.split_at_mut(C::BYTES);
         let scale = C::write(self.step, scale_place);
         let zero = match self.is_zero {
@@ -222,7 +223,7 @@ impl Format for Int4 {
         let Sizes { group, dtype, .. } = Sizes::of(layout)?;
         let [codes, ..] = parts;
         let level = kernels::level();
-        let done = kernels::encode_pairs(level, group, dtype, weights, statistics, codes);
+        let done = encode(level, group, dtype, weights, statistics, codes);
         if done * group >= weights.len() {
             return Ok(());
         }
@@ -331,6 +332,44 @@ fn take_groups<'p>(
     }
 }
 
+/// As [`encode_body`], with the loops of a level.
+pub(crate) fn encode(
+    level: Level,
+    size: usize,
+    dtype: Dtype,
+    weights: Weights<'_>,
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
+    let Weights::BF16(weights) = weights else {
+        return kernels::encode_pairs(level, size, dtype, weights, pairs, codes);
+    };
+    let pair = 2 * for_computed!(dtype, |Computed| Computed::BYTES);
+    let count = weights.len() / size;
+    let mut first = 0;
+    while first < count {
+        let weights = &weights[first * size..];
+        let (pairs, codes) = (&mut pairs[first * pair..], &mut codes[first * size / 2..]);
+        let mut next = count - first;
+        if size.is_multiple_of(borders::RUN) {
+            let done = kernels::encode_bf16_pairs(level, size, dtype, weights, pairs, codes);
+            if done > 0 {
+                first += done;
+                continue;
+            }
+            // What is not done by borders is done by arithmetic, and then others may be.
+            next = next.min(borders::TOGETHER);
+        }
+        let weights = Weights::BF16(&weights[..next * size]);
+        let done = kernels::encode_pairs(level, size, dtype, weights, pairs, codes);
+        first += done;
+        if done < next {
+            break;
+        }
+    }
+    first
+}
+
 /// Codes of whole groups of `size` weights, two to a byte, and `pairs` of scale and zero point in the type
 /// `dtype`. Gives the number of groups; it ends where a scale would not be finite. With `FMA` as
 /// [`rows8::encode_body`].
@@ -377,8 +416,13 @@ fn encode_of<S: Stored, C: Stored, const FMA: bool>(
     done
 }
 
+/// Packed codes of weights, given their quotients.
 #[inline(always)]
-fn put_pairs<S: Stored>(weights: &[S::Bytes], codes: &mut [u8], quotient: impl Fn(f32) -> f32) {
+pub(crate) fn put_pairs<S: Stored>(
+    weights: &[S::Bytes],
+    codes: &mut [u8],
+    quotient: impl Fn(f32) -> f32,
+) {
     let code = |pair: [S::Bytes; 2]| {
         let [low, high] = S::pair(pair).map(|weight| nearest(quotient(weight)));
         // Codes are counted from 0; less 8 is the highest bit turned round.
@@ -417,7 +461,6 @@ pub(crate) fn take_body(scale: f32, zero: f32, codes: &[u8], weights: &mut [f32]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Level;
 
     #[test]
     fn every_byte_is_two_signed_numbers() {
@@ -432,7 +475,7 @@ mod tests {
         for level in Level::available() {
             let (mut again, mut pair) = (vec![0; 256], [0; 8]);
             let given = Weights::F32(&weights);
-            kernels::encode_pairs(level, 512, Dtype::F32, given, &mut pair, &mut again);
+            encode(level, 512, Dtype::F32, given, &mut pair, &mut again);
             assert_eq!(again, codes);
         }
     }
@@ -459,8 +502,7 @@ mod tests {
                 let made = |level| {
                     let (mut codes, mut pairs) = (vec![0; count / 2], vec![0; count / size * 4]);
                     let dtype = Dtype::BF16;
-                    let done =
-                        kernels::encode_pairs(level, size, dtype, given, &mut pairs, &mut codes);
+                    let done = encode(level, size, dtype, given, &mut pairs, &mut codes);
                     assert_eq!(done, count / size);
                     let mut decoded = vec![0.0; count];
                     kernels::take_pairs(level, 0.3, -0.1, &codes, &mut decoded);
@@ -480,7 +522,7 @@ mod tests {
         for level in Level::available() {
             let (mut pairs, mut codes) = ([0; 24], [0; 3]);
             let given = Weights::F32(&weights);
-            let done = kernels::encode_pairs(level, 2, Dtype::F32, given, &mut pairs, &mut codes);
+            let done = encode(level, 2, Dtype::F32, given, &mut pairs, &mut codes);
             assert_eq!(done, 1);
         }
     }

@@ -4,16 +4,21 @@
 //! Every function here may be called only on a processor that has these features.
 
 mod bodies;
+mod borders;
 mod e2m1;
 mod e4m3;
+mod groups;
 mod lanes;
 mod levels;
+mod pairs;
 
 pub(super) use bodies::*;
 pub(super) use e2m1::*;
 pub(super) use e4m3::*;
+pub(super) use groups::*;
 pub(super) use lanes::*;
 pub(super) use levels::*;
+pub(super) use pairs::*;
 
 use std::arch::x86_64::*;
 

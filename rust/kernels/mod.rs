@@ -30,6 +30,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 
 use std::sync::OnceLock;
 
+use crate::formats::borders;
 use crate::formats::significands::Significands;
 use crate::formats::{
     e2m1, fp4_blocks, int4_rows, quanto_groups, rows8, scaled, torchao_int4, Weights,
@@ -119,6 +120,46 @@ pub(crate) fn look_up_e4m3(
             avx512::look_up_e4m3(tables, size, weights, codes, ahead)
         },
         _ => u64::MAX,
+    }
+}
+
+/// `quanto_groups::encode` for BF16 whose groups lie as `Sharing::Neighbours` says, by comparing with the borders of
+/// codes; gives the number of groups done of each lane, [`borders::TOGETHER`] of all lanes at a time.
+#[allow(unused_variables)]
+pub(crate) fn encode_bf16_groups(
+    level: Level,
+    groups: quanto_groups::Groups,
+    dividends: &borders::Dividends,
+    lanes: &quanto_groups::Lanes<'_>,
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
+    match level.0 {
+        // SAFETY: this level comes from detection only.
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        Tier::Avx512 => unsafe {
+            avx512::encode_bf16_groups(groups, dividends, lanes, pairs, codes)
+        },
+        _ => 0,
+    }
+}
+
+/// `torchao_int4::encode` for BF16, by comparing with the borders of codes; gives the number of groups done,
+/// [`borders::TOGETHER`] at a time.
+#[allow(unused_variables)]
+pub(crate) fn encode_bf16_pairs(
+    level: Level,
+    size: usize,
+    dtype: crate::dtype::Dtype,
+    weights: &[[u8; 2]],
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
+    match level.0 {
+        // SAFETY: this level comes from detection only.
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        Tier::Avx512 => unsafe { avx512::encode_bf16_pairs(size, dtype, weights, pairs, codes) },
+        _ => 0,
     }
 }
 

@@ -12,7 +12,7 @@ use crate::formats::{Block, Weights};
 mod shared_scales;
 mod small_floats;
 
-use shared_scales::{check_int4_rows, check_quanto_groups, check_squares};
+use shared_scales::{check_bf16_ranges, check_int4_rows, check_quanto_groups, check_squares};
 use small_floats::{check_e2m1, check_e4m3_of_bf16, check_fp4_blocks};
 
 /// A small generator of random numbers (xorshift), so that failures repeat.
@@ -558,6 +558,7 @@ stamp! {
     small_floats_of_bf16: |level| check_e4m3_of_bf16(level);
     groups_of_bytes: |level| check_groups8(level);
     groups_that_share_bytes: |level| check_quanto_groups(level);
+    groups_between_any_two_numbers: |level| check_bf16_ranges(level);
     rows_that_share_bytes: |level| check_int4_rows(level);
     squares_that_share_a_scale: |level| check_squares(level);
     floats_of_4_bits: |level| check_e2m1(level);

@@ -1,9 +1,9 @@
 //! Weights that share a scale in groups, squares and pairs of rows.
 
-use super::{inputs, types_of};
+use super::{inputs, types_of, Random};
 use crate::dtype::Dtype;
 use crate::formats::quanto_groups::{self, Groups, Lanes, Sharing};
-use crate::formats::{scaled, Weights};
+use crate::formats::{scaled, torchao_int4, Weights};
 use crate::kernels::{self, Level};
 
 /// Runs `made` at the scalar level over numbers, and at `level` over numbers and over what is stored.
@@ -48,6 +48,85 @@ pub(super) fn check_quanto_groups(level: Level) {
                     });
                 }
             }
+        }
+    }
+}
+
+/// Groups of BF16 between any two numbers, drawn by their values, by their patterns, and about the middle between
+/// codes.
+pub(super) fn check_bf16_ranges(level: Level) {
+    let mut random = Random(11);
+    let of_order = |order: i16| {
+        let bits = order ^ (order >> 15 & i16::MAX);
+        f32::from_bits(u32::from(bits.cast_unsigned()) << 16)
+    };
+    let order_of = |value: f32| {
+        let bits = ((value.to_bits() >> 16) as u16).cast_signed();
+        bits ^ (bits >> 15 & i16::MAX)
+    };
+    for round in 0..400 {
+        let weights: Vec<[u8; 2]> = (0..32)
+            .flat_map(|_| {
+                let least = random.normal() * 2f32.powi(random.next() as i32 % 40);
+                // Far, near, and next to it.
+                let width = match round % 4 {
+                    0 => least.abs() * 2f32.powi(random.next() as i32 % 20),
+                    1 => 2f32.powi(random.next() as i32 % 60),
+                    2 => least.abs() / 64.0,
+                    _ => random.normal().abs(),
+                };
+                let (low, high) = (order_of(least), order_of(least + width));
+                let most = [15.0, 3.0][round / 4 % 2];
+                (0..64)
+                    .map(|index| {
+                        let order = match index % 4 {
+                            _ if index < 2 => [low, high][index],
+                            0 => order_of(least + width * (random.next() as f32 / 2f32.powi(32))),
+                            1 => {
+                                let span = i32::from(high) - i32::from(low) + 1;
+                                (i32::from(low) + random.next() as i32 % span.max(1)) as i16
+                            }
+                            _ => {
+                                let code = (random.next() % most as u32) as f32 + 0.5;
+                                let near = order_of(of_order(low) + width * code / most);
+                                near.saturating_add((random.next() % 5) as i16 - 2)
+                            }
+                        };
+                        let value = of_order(order.clamp(low.min(high), high.max(low)));
+                        let value = if value.is_finite() { value } else { 0.0 };
+                        ((value.to_bits() >> 16) as u16).to_le_bytes()
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        for (bits, size) in [(4, 64), (2, 64), (4, 128)] {
+            let dtype = Dtype::BF16;
+            let groups = Groups { dtype, bits, size };
+            let made = |level| {
+                let sharing = Sharing::Neighbours;
+                let mut pairs = vec![0; weights.len() / size * 4];
+                let mut codes = vec![0; weights.len() * bits as usize / 8];
+                let lanes = Lanes::neighbours(groups, sharing, Weights::BF16(&weights));
+                let (to, places) = (&mut codes, &mut pairs);
+                let done = quanto_groups::encode(level, groups, sharing, &lanes, places, to);
+                (done, pairs, codes)
+            };
+            assert!(
+                made(level) == made(Level::SCALAR),
+                "round {round}, {bits} bits"
+            );
+        }
+        for (dtype, size, bytes) in [(Dtype::BF16, 128, 2), (Dtype::F32, 64, 4)] {
+            let made = |level| {
+                let mut pairs = vec![0; weights.len() / size * 2 * bytes];
+                let mut codes = vec![0; weights.len() / 2];
+                let (to, places) = (&mut codes, &mut pairs);
+                let given = Weights::BF16(&weights);
+                let done = torchao_int4::encode(level, size, dtype, given, places, to);
+                assert_eq!(done, weights.len() / size);
+                (pairs, codes)
+            };
+            assert!(made(level) == made(Level::SCALAR), "round {round}, torchao");
         }
     }
 }

@@ -1,0 +1,157 @@
+//! Groups of quanto, of BF16: codes by comparing weights with the borders of codes.
+
+use std::arch::x86_64::*;
+
+use super::borders::{ordered, ranges, rounded, values, Borders};
+use super::{store, store_64_bytes};
+use crate::formats::borders::{Dividends, RUN, TOGETHER};
+use crate::formats::quanto_groups::{Groups, Lanes};
+use crate::formats::rows8::Divisor;
+use crate::formats::Weights;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(in crate::kernels) fn encode_bf16_groups(
+    groups: Groups,
+    dividends: &Dividends,
+    lanes: &Lanes<'_>,
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
+    match groups.bits {
+        2 => encode::<2, 4>(groups, dividends, lanes, pairs, codes),
+        4 => encode::<4, 2>(groups, dividends, lanes, pairs, codes),
+        _ => 0,
+    }
+}
+
+/// `PARTS` groups of `BITS` bits share their bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn encode<const BITS: u32, const PARTS: usize>(
+    groups: Groups,
+    dividends: &Dividends,
+    lanes: &Lanes<'_>,
+    pairs: &mut [u8],
+    codes: &mut [u8],
+) -> usize {
+    let size = groups.size;
+    let mut parts: [&[[u8; 2]]; PARTS] = [&[]; PARTS];
+    for (part, weights) in parts.iter_mut().zip(lanes.weights) {
+        if let Weights::BF16(weights) = weights {
+            *part = weights;
+        }
+    }
+    // Without any, what is read now is asked for.
+    let ahead = lanes.ahead.unwrap_or_default();
+    let rows = TOGETHER / PARTS;
+    let steps = Borders::steps();
+    let blocks = pairs
+        .as_chunks_mut::<{ 4 * TOGETHER }>()
+        .0
+        .iter_mut()
+        .zip(codes.chunks_exact_mut(size * rows));
+    for (number, (pairs, codes)) in blocks.enumerate() {
+        let group = |index: usize| {
+            let row = number * rows + index / PARTS;
+            let weights = parts[index % PARTS].get(row * lanes.step..);
+            weights
+                .and_then(|weights| weights.get(..size))
+                .unwrap_or_default()
+        };
+        let [least, greatest] = ranges(group);
+        let Some(scaled) = Scaled::new(&least, &greatest, groups.most()) else {
+            return number * rows;
+        };
+        store_64_bytes(scaled.pairs, pairs);
+        let (mut scales, mut leasts) = ([0; TOGETHER], [0.0; TOGETHER]);
+        store_64_bytes(
+            scaled.scales,
+            bytemuck::cast_mut::<[u32; TOGETHER], [u8; 64]>(&mut scales),
+        );
+        store(scaled.least, &mut leasts);
+        let found = scales.chunks_exact(PARTS).zip(leasts.chunks_exact(PARTS));
+        for (row, ((scales, leasts), codes)) in found.zip(codes.chunks_exact_mut(size)).enumerate()
+        {
+            let borders: [Borders; PARTS] =
+                std::array::from_fn(|part| borders::<BITS>(dividends, scales[part], leasts[part]));
+            let weights: [&[[[u8; 2]; RUN]]; PARTS] =
+                std::array::from_fn(|part| group(row * PARTS + part).as_chunks().0);
+            for (at, place) in codes.as_chunks_mut().0.iter_mut().enumerate() {
+                let mut packed = _mm512_setzero_si512();
+                for part in (0..PARTS).rev() {
+                    let weights = &weights[part][at];
+                    crate::kernels::ahead(weights, ahead);
+                    let (halves, _) = weights.as_chunks();
+                    let low = borders[part].codes::<BITS>(&steps, ordered(&halves[0]));
+                    let high = borders[part].codes::<BITS>(&steps, ordered(&halves[1]));
+                    // No byte has bits that would go over to the next.
+                    packed = _mm512_or_si512(
+                        _mm512_slli_epi16::<BITS>(packed),
+                        _mm512_packus_epi16(low, high),
+                    );
+                }
+                // Packing works within quarters: those of the same half come to lie together.
+                let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+                store_64_bytes(_mm512_permutexvar_epi64(in_order, packed), place);
+            }
+        }
+    }
+    codes.len() / (size * rows) * rows
+}
+
+/// What belongs to 16 groups.
+struct Scaled {
+    /// Scale and shift of each, as they are stored.
+    pairs: __m512i,
+    /// Bits of the scales.
+    scales: __m512i,
+    least: __m512,
+}
+
+impl Scaled {
+    /// `None` if one of them needs care.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn new(least: &[i16; TOGETHER], greatest: &[i16; TOGETHER], most: f32) -> Option<Self> {
+        let (least, greatest) = (values(least), values(greatest));
+        let whole = rounded(_mm512_sub_ps(greatest, least));
+        let scale = rounded(_mm512_div_ps(whole, _mm512_set1_ps(most)));
+        let (low, high) = Divisor::SERVES;
+        let serves = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(scale, _mm512_set1_ps(low))
+            & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(scale, _mm512_set1_ps(high));
+        if serves != u16::MAX {
+            return None;
+        }
+        let scales = _mm512_castps_si512(scale);
+        // The shift is the least weight with the other sign, above the scale.
+        let shift = _mm512_xor_si512(_mm512_castps_si512(least), _mm512_set1_epi32(i32::MIN));
+        Some(Scaled {
+            pairs: _mm512_or_si512(shift, _mm512_srli_epi32::<16>(scales)),
+            scales,
+            least,
+        })
+    }
+}
+
+/// The borders of a group, given the bits of its scale.
+///
+/// A weight is at a border if its sum with the shift, the rounded one, is at least one of `dividends`. That is
+/// rounded up from the middle between it and the number below on, or from what is above the middle if its last bit
+/// is set. The middle and the least weight have so few bits that their sum is exact wherever it is near to a weight.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn borders<const BITS: u32>(dividends: &Dividends, scale: u32, least: f32) -> Borders {
+    let table = &dividends[(scale >> 16 & 127) as usize];
+    // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
+    let dividends = unsafe { _mm256_loadu_si256(table.as_ptr().cast()) };
+    let dividends = _mm512_cvtepu16_epi32(dividends);
+    let is_odd = _mm512_and_si512(dividends, _mm512_set1_epi32(1));
+    // From the exponent of the table to that of the scale, and half a step of BF16 down.
+    let down = (scale & 0x7f80_0000).wrapping_sub((127 << 23) + 0x8000);
+    let middle = _mm512_add_epi32(
+        _mm512_slli_epi32::<16>(dividends),
+        _mm512_set1_epi32(down.cast_signed()),
+    );
+    let numbers = _mm512_add_ps(_mm512_castsi512_ps(middle), _mm512_set1_ps(least));
+    Borders::of::<BITS>(Borders::from(numbers, is_odd))
+}
