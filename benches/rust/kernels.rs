@@ -12,7 +12,10 @@ use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Thro
 use weightpack::codebook::{Codebook, FP4, NF4};
 use weightpack::dtype::Dtype;
 use weightpack::float;
-use weightpack::formats::{bnb4, bnb8, e2m1, ggml_basic, ggml_iq, ggml_k, rows8, Block, Weights};
+use weightpack::formats::quanto_groups::{self, Groups, Lanes, Sharing};
+use weightpack::formats::{
+    bnb4, bnb8, e2m1, fp4_blocks, ggml_basic, ggml_iq, ggml_k, rows8, torchao_int4, Block, Weights,
+};
 use weightpack::kernels::{self, Level};
 
 const WEIGHTS: usize = 4096;
@@ -204,6 +207,52 @@ fn small_floats(criterion: &mut Criterion) {
     }
 }
 
+/// Weights of BF16 as they are stored, in the formats that have a way of their own for them.
+fn stored(criterion: &mut Criterion) {
+    const GROUP: usize = 128;
+    let mut bytes = vec![0; 2 * WEIGHTS];
+    float::narrow_bf16(Level::SCALAR, &weights(), &mut bytes);
+    let given = Weights::BF16(bytes.as_chunks().0);
+    let codes = vec![0u8; WEIGHTS];
+    rows(
+        criterion,
+        "bf16_e4m3_encode",
+        codes.clone(),
+        |level, out| {
+            let scaling = rows8::Scaling::Quotient(Dtype::BF16);
+            rows8::encode(level, rows8::Codes::E4m3, scaling, 0.0003, given, out);
+        },
+    );
+    let blocks = (codes.clone(), vec![0u8; WEIGHTS / 32]);
+    rows(criterion, "bf16_mxfp8_encode", blocks, |level, out| {
+        let rule = fp4_blocks::Rule::TorchAoMxFp8;
+        fp4_blocks::encode(level, rule, given, &mut out.0, &mut out.1);
+    });
+    for bits in [4, 2] {
+        let groups = Groups {
+            dtype: Dtype::BF16,
+            bits,
+            size: GROUP,
+        };
+        let lanes = Lanes::neighbours(groups, Sharing::Neighbours, given);
+        let title = format!("bf16_quanto_int{bits}_encode");
+        let out = (
+            vec![0u8; WEIGHTS * bits as usize / 8],
+            vec![0u8; WEIGHTS / GROUP * 4],
+        );
+        rows(criterion, &title, out, |level, (codes, pairs)| {
+            let sharing = Sharing::Neighbours;
+            let done = quanto_groups::encode(level, groups, sharing, &lanes, pairs, codes);
+            assert_eq!(done, Ok(()));
+        });
+    }
+    let out = (vec![0u8; WEIGHTS / 2], vec![0u8; WEIGHTS / GROUP * 4]);
+    rows(criterion, "bf16_torchao_int4_encode", out, |level, out| {
+        let (codes, pairs) = out;
+        torchao_int4::encode(level, GROUP, Dtype::BF16, given, pairs, codes);
+    });
+}
+
 fn ggml_block<B: Block>(criterion: &mut Criterion) {
     let x = weights();
     let name = B::DTYPE.name().to_lowercase();
@@ -306,6 +355,7 @@ criterion_group!(
     bnb_4bit,
     bnb_int8,
     small_floats,
+    stored,
     ggml,
     pipeline
 );

@@ -6,6 +6,7 @@
 
 use super::e2m1::{self, Rounding, Scaling};
 use super::rows8::largest_body;
+use super::significands;
 use super::stored::{for_stored, Stored};
 use super::weights::Weights;
 use crate::codebook::ceil_log2;
@@ -39,7 +40,7 @@ impl Rule {
 }
 
 /// Weights that are widened together: a multiple of what the loops take, that stays in the nearest cache.
-const WIDENED: usize = 2048;
+const WIDENED: usize = 32 * significands::MX_BLOCKS;
 
 /// What the scales of blocks are.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -114,7 +115,15 @@ pub fn encode_runs(
         if !goes_on(weights) {
             return false;
         }
-        kernels::encode_fp4_blocks(level, rule, room, weights, codes, scales);
+        let mut compute = |weights: Weights<'_>, codes: &mut [u8], scales: &mut [u8]| {
+            kernels::encode_fp4_blocks(level, rule, room, weights, codes, scales);
+        };
+        match (rule, weights) {
+            (Rule::TorchAoMxFp8, Weights::BF16(weights)) => {
+                significands::encode_mxfp8(level, weights, codes, scales, compute);
+            }
+            _ => compute(weights, codes, scales),
+        }
     }
     true
 }

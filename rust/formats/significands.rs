@@ -6,12 +6,17 @@
 //! weights that share it. Smaller weights, of which there are few, and what is not finite are left to that
 //! arithmetic.
 
+use std::sync::OnceLock;
+
 use super::rows8::{Codes, Scaling};
 use super::weights::Weights;
+use crate::float8::to_e4m3;
 use crate::kernels::{self, Level};
 
 /// The codes of weights with one exponent.
 #[derive(Debug, Clone, Copy)]
+// Where no level looks up, nobody reads them.
+#[cfg_attr(any(feature = "scalar", not(target_arch = "x86_64")), allow(dead_code))]
 pub(crate) struct Significands {
     /// Codes of the significands, in order, with the least exponent.
     pub(crate) codes: [u8; COUNT],
@@ -26,6 +31,8 @@ pub(crate) const COUNT: usize = 128;
 pub(crate) const EXPONENTS: u8 = 16;
 /// Weights that are looked up at a time.
 pub(crate) const RUN: usize = 64;
+/// Blocks of 32 weights whose scales are looked for together.
+pub(crate) const MX_BLOCKS: usize = 64;
 /// Most runs of a call, each of which has a bit of its answer.
 const MOST_RUNS: usize = 64;
 /// As many weights are worth a table.
@@ -112,4 +119,34 @@ pub(super) fn encode(
             }
         }
     }
+}
+
+/// Codes and scales of blocks of 32 weights that share a power of two as `torchao:mxfp8` has it, of at most
+/// [`MX_BLOCKS`]. Runs with others than those that can be looked up are left to `compute`.
+pub(super) fn encode_mxfp8(
+    level: Level,
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    mut compute: impl FnMut(Weights<'_>, &mut [u8], &mut [u8]),
+) {
+    let missed = kernels::look_up_mxfp8(level, table_of_one(), weights, codes, scales);
+    let runs = weights.len() / RUN;
+    if missed.trailing_ones() as usize >= runs {
+        return compute(Weights::BF16(weights), codes, scales);
+    }
+    let parts = weights.chunks(RUN).zip(codes.chunks_mut(RUN));
+    for (run, ((weights, codes), scales)) in parts.zip(scales.chunks_mut(2)).enumerate() {
+        if run >= runs || missed >> run & 1 == 1 {
+            compute(Weights::BF16(weights), codes, scales);
+        }
+    }
+}
+
+/// Codes of the significands as they are, from 1/64 on.
+fn table_of_one() -> &'static [u8; COUNT] {
+    static TABLE: OnceLock<[u8; COUNT]> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        std::array::from_fn(|index| to_e4m3((1.0 + index as f32 / COUNT as f32) / 64.0))
+    })
 }

@@ -319,10 +319,40 @@ impl Sizes {
     }
 }
 
-/// The places of the scales of row `row` of a row of tiles, block by block.
+/// Where the scales of row `row` of a row of tiles begin, four blocks after four.
 fn places(row: usize) -> impl Iterator<Item = usize> {
     let first = row % 32 * 16 + row / 32 * 4;
-    (0..).map(move |block| block / 4 * 512 + first + block % 4)
+    (0..).map(move |four| four * 512 + first)
+}
+
+/// Puts the scales of blocks to the next of `places`.
+fn put_scales(run: &[u8], places: &mut impl Iterator<Item = usize>, scales: &mut [u8]) {
+    let (fours, rest) = run.as_chunks::<4>();
+    for (four, place) in fours.iter().zip(&mut *places) {
+        if let Some(bytes) = scales
+            .get_mut(place..)
+            .and_then(|all| all.first_chunk_mut())
+        {
+            *bytes = *four;
+        }
+    }
+    // There are none but at the end of a row.
+    let place = rest.first().and_then(|_| places.next());
+    let last = scales.iter_mut().skip(place.unwrap_or_default());
+    for (place, scale) in last.zip(rest) {
+        *place = *scale;
+    }
+}
+
+/// Takes the scales of blocks from the next of `places`; zeros where there are none.
+fn take_scales(run: &mut [u8], places: &mut impl Iterator<Item = usize>, scales: &[u8]) {
+    for (four, place) in run.chunks_mut(4).zip(places) {
+        let found = scales.get(place..).and_then(|all| all.first_chunk());
+        let found = found.copied().unwrap_or([0; 4]);
+        for (scale, found) in four.iter_mut().zip(found) {
+            *scale = found;
+        }
+    }
 }
 
 /// What encodes rows of tiles.
@@ -374,11 +404,7 @@ impl RowEncoder {
                 return false;
             }
             let count = weights.len() / block;
-            for (scale, place) in run.iter().take(count).zip(places.by_ref()) {
-                if let Some(byte) = scales.get_mut(place) {
-                    *byte = *scale;
-                }
-            }
+            put_scales(&run[..count], &mut places, scales);
         }
         true
     }
@@ -406,9 +432,7 @@ fn decode_row(
         .zip(codes.chunks(bytes * RUN_BLOCKS));
     for (weights, codes) in runs {
         let count = weights.len() / block;
-        for (scale, place) in run.iter_mut().take(count).zip(places.by_ref()) {
-            *scale = scales.get(place).copied().unwrap_or(0);
-        }
+        take_scales(&mut run[..count], &mut places, scales);
         if kind == Kind::MxFp8 {
             let blocks = weights.chunks_exact_mut(block).zip(codes.chunks(bytes));
             for ((weights, codes), &scale) in blocks.zip(&run) {
@@ -429,15 +453,14 @@ mod tests {
     fn every_scale_has_a_place_of_its_own() {
         let mut taken = [0u8; 1024];
         for row in 0..128 {
-            for place in places(row).take(8) {
-                taken[place] += 1;
+            for place in places(row).take(2) {
+                taken[place..place + 4]
+                    .iter_mut()
+                    .for_each(|times| *times += 1);
             }
         }
         assert_eq!(taken, [1; 1024]);
-        assert_eq!(
-            places(33).take(6).collect::<Vec<_>>(),
-            [20, 21, 22, 23, 532, 533]
-        );
+        assert_eq!(places(33).take(2).collect::<Vec<_>>(), [20, 532]);
     }
 
     #[test]
@@ -456,7 +479,8 @@ mod tests {
         let mut scales = vec![0; blocks.div_ceil(4) * 512];
         RowEncoder::new(level, Kind::NvFp4, 0.2).encode(40, all, &mut codes, &mut scales);
         assert_eq!(codes, expected.0);
-        let placed: Vec<u8> = places(40).take(blocks).map(|at| scales[at]).collect();
+        let at = |block: usize| places(40).nth(block / 4).unwrap() + block % 4;
+        let placed: Vec<u8> = (0..blocks).map(|block| scales[at(block)]).collect();
         assert_eq!(placed, expected.1);
 
         let (mut decoded, mut whole) = (vec![0.0; blocks * 16], vec![0.0; blocks * 16]);

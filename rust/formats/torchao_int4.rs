@@ -332,8 +332,9 @@ fn take_groups<'p>(
     }
 }
 
-/// As [`encode_body`], with the loops of a level.
-pub(crate) fn encode(
+/// Codes of whole groups of `size` weights (at least 2, even), two to a byte, and `pairs` of scale and zero point in
+/// the type `dtype`. Gives the number of groups; it ends where a scale would not be finite.
+pub fn encode(
     level: Level,
     size: usize,
     dtype: Dtype,
@@ -370,9 +371,7 @@ pub(crate) fn encode(
     first
 }
 
-/// Codes of whole groups of `size` weights, two to a byte, and `pairs` of scale and zero point in the type
-/// `dtype`. Gives the number of groups; it ends where a scale would not be finite. With `FMA` as
-/// [`rows8::encode_body`].
+/// As [`encode`]; with `FMA` as [`rows8::encode_body`].
 #[inline(always)]
 pub(crate) fn encode_body<const FMA: bool>(
     size: usize,

@@ -31,7 +31,7 @@ pub use sums::{error_sums, first_nonfinite, ErrorSums};
 use std::sync::OnceLock;
 
 use crate::formats::borders;
-use crate::formats::significands::Significands;
+use crate::formats::significands::{self, Significands};
 use crate::formats::{
     e2m1, fp4_blocks, int4_rows, quanto_groups, rows8, scaled, torchao_int4, Weights,
 };
@@ -120,6 +120,26 @@ pub(crate) fn look_up_e4m3(
             avx512::look_up_e4m3(tables, size, weights, codes, ahead)
         },
         _ => u64::MAX,
+    }
+}
+
+/// Scales of blocks of `torchao:mxfp8`, up to [`significands::MX_BLOCKS`], and the codes of whole runs of BF16 weights;
+/// the bits that are set in what it gives are those of runs with weights that cannot be looked up.
+#[allow(unused_variables)]
+pub(crate) fn look_up_mxfp8(
+    level: Level,
+    table: &[u8; significands::COUNT],
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> u32 {
+    match level.0 {
+        // SAFETY: this level comes from detection only, and what it does not include was asked for.
+        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
+        Tier::Avx512 if looks_up(level) => unsafe {
+            avx512::look_up_mxfp8(table, weights, codes, scales)
+        },
+        _ => u32::MAX,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::store_64_bytes;
-use crate::formats::significands::{Significands, EXPONENTS, RUN};
+use super::{store_32_bytes, store_64_bytes};
+use crate::formats::significands::{Significands, COUNT, EXPONENTS, MX_BLOCKS, RUN};
 
 /// For processors with AVX-512 VBMI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
@@ -14,45 +14,164 @@ pub(in crate::kernels) fn look_up_e4m3(
     codes: &mut [u8],
     ahead: usize,
 ) -> u64 {
-    let steps = _mm512_set1_epi8(EXPONENTS.cast_signed() - 1);
-    let first: [u8; 64] = std::array::from_fn(|index| 2 * index as u8);
-    let first = load_64_bytes(&first);
-    let second = _mm512_or_si512(first, _mm512_set1_epi8(1));
     let (mut missed, mut number) = (0, 0);
     let parts = weights.chunks(size).zip(codes.chunks_mut(size));
     for ((weights, codes), table) in parts.zip(tables) {
-        let (low, _) = table.codes.as_chunks();
-        let (low, high) = (load_64_bytes(&low[0]), load_64_bytes(&low[1]));
-        let least = _mm512_set1_epi8(table.least.cast_signed());
+        let look_up = LookUp::new(&table.codes);
+        let [least, tiny] = [table.least, tiny(table.least)]
+            .map(|exponent| _mm512_set1_epi8(exponent.cast_signed()));
         let runs = weights.as_chunks::<RUN>().0;
         for (run, place) in runs.iter().zip(codes.as_chunks_mut::<RUN>().0) {
             crate::kernels::ahead(run, ahead);
-            let [front, back] = halves(run);
-            // Of each weight the last bit of its exponent and its significand; its sign and the exponent's other
-            // bits.
-            let lower = _mm512_permutex2var_epi8(front, first, back);
-            let upper = _mm512_permutex2var_epi8(front, second, back);
-            // upper·2 | (lower >> 7 & 1)
-            let exponent = _mm512_ternarylogic_epi32::<0xf8>(
-                _mm512_add_epi8(upper, upper),
-                _mm512_srli_epi16::<7>(lower),
-                _mm512_set1_epi8(1),
-            );
-            let above = _mm512_sub_epi8(exponent, least);
-            let is_beyond = _mm512_cmpgt_epu8_mask(above, steps) != 0;
-            missed |= u64::from(is_beyond) << number;
+            let is_missed = look_up.put(least, tiny, run, place);
+            missed |= u64::from(is_missed) << number;
             number += 1;
-            // Tables take the low seven bits.
-            let code = _mm512_permutex2var_epi8(low, lower, high);
-            // No step has more than four bits, so none goes over to the next byte.
-            let code = _mm512_add_epi8(code, _mm512_slli_epi16::<3>(above));
-            let code = _mm512_min_epu8(code, _mm512_set1_epi8(0x7e));
-            // code | (upper & 0x80)
-            let code = _mm512_ternarylogic_epi32::<0xf8>(code, upper, _mm512_set1_epi8(-0x80));
-            store_64_bytes(code, place);
         }
     }
     missed
+}
+
+/// For processors with AVX-512 VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+pub(in crate::kernels) fn look_up_mxfp8(
+    table: &[u8; COUNT],
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> u32 {
+    let mut most = [0u16; MX_BLOCKS];
+    let blocks = weights.as_chunks().0;
+    for (most, block) in most.iter_mut().zip(blocks) {
+        *most = largest(block);
+    }
+    let (halves, _) = most.as_chunks();
+    let mut found = [0; MX_BLOCKS];
+    for (found, most) in found.as_chunks_mut().0.iter_mut().zip(halves) {
+        store_32_bytes(mx_scales(most), found);
+    }
+    for (place, scale) in scales.iter_mut().zip(found) {
+        *place = scale;
+    }
+    let look_up = LookUp::new(table);
+    let ahead = std::mem::size_of_val(weights);
+    let runs = weights.as_chunks::<RUN>().0;
+    let runs = runs.iter().zip(codes.as_chunks_mut::<RUN>().0);
+    let mut missed = 0;
+    for (number, ((run, place), scales)) in runs.zip(found.as_chunks::<2>().0).enumerate() {
+        crate::kernels::ahead(run, ahead);
+        // The least normal number is 6 exponents below 1, which is the scale.
+        let leasts = scales.map(|scale| scale.wrapping_sub(6));
+        let [least, tiny] = [leasts, leasts.map(tiny)].map(|[low, high]| {
+            _mm512_inserti64x4::<1>(
+                _mm512_castsi256_si512(_mm256_set1_epi8(low.cast_signed())),
+                _mm256_set1_epi8(high.cast_signed()),
+            )
+        });
+        let is_missed = look_up.put(least, tiny, run, place);
+        // Below that scale there are exponents of less than 1.
+        let is_small = scales.iter().any(|scale| *scale < 7);
+        missed |= u32::from(is_missed || is_small) << number;
+    }
+    missed
+}
+
+/// The exponent below which weights become zero, given the least of a table. No weight of the latter is more than
+/// 2⁻⁴ when it is scaled, and what is 7 exponents less is below half the least number of E4M3, which is 2⁻⁹.
+#[inline]
+fn tiny(least: u8) -> u8 {
+    least.saturating_sub(6)
+}
+
+/// Codes of the scales of blocks with these largest magnitudes, in BF16: of the least powers of two from 1/448 of
+/// them on. 448 is 1.75·2⁸, so that is 8 exponents less, and one more from the next significand on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn mx_scales(most: &[u16; 32]) -> __m256i {
+    /// What carries significands over 0x60 into the exponent.
+    const CARRY: i16 = 0x7f - 0x60;
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    let most = unsafe { _mm512_loadu_si512(most.as_ptr().cast()) };
+    let exponents = _mm512_srli_epi16::<7>(_mm512_add_epi16(most, _mm512_set1_epi16(CARRY)));
+    _mm512_cvtepi16_epi8(_mm512_subs_epu16(exponents, _mm512_set1_epi16(8)))
+}
+
+/// Bits of the largest magnitude.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn largest(weights: &[[u8; 2]; 32]) -> u16 {
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    let bits = unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) };
+    let sizes = _mm512_and_si512(bits, _mm512_set1_epi16(i16::MAX));
+    let (low, high) = (
+        _mm512_castsi512_si256(sizes),
+        _mm512_extracti64x4_epi64::<1>(sizes),
+    );
+    let most = _mm256_max_epi16(low, high);
+    let (low, high) = (
+        _mm256_castsi256_si128(most),
+        _mm256_extracti128_si256::<1>(most),
+    );
+    // The instruction finds the least, so of what each lacks.
+    let lacks = _mm_sub_epi16(_mm_set1_epi16(i16::MAX), _mm_max_epi16(low, high));
+    i16::MAX as u16 - _mm_cvtsi128_si32(_mm_minpos_epu16(lacks)) as u16
+}
+
+/// A table of significands, and how weights are taken apart.
+struct LookUp {
+    table: [__m512i; 2],
+    lower: __m512i,
+    upper: __m512i,
+}
+
+impl LookUp {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(table: &[u8; COUNT]) -> Self {
+        let (table, _) = table.as_chunks();
+        let lower: [u8; 64] = std::array::from_fn(|index| 2 * index as u8);
+        let lower = load_64_bytes(&lower);
+        LookUp {
+            table: [load_64_bytes(&table[0]), load_64_bytes(&table[1])],
+            lower,
+            upper: _mm512_or_si512(lower, _mm512_set1_epi8(1)),
+        }
+    }
+
+    /// Codes of weights, the table being for these least exponents; below those of `tiny` codes are zero. Gives
+    /// whether some could not be looked up.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn put(
+        &self,
+        least: __m512i,
+        tiny: __m512i,
+        run: &[[u8; 2]; RUN],
+        place: &mut [u8; RUN],
+    ) -> bool {
+        let [low, high] = self.table;
+        let [front, back] = halves(run);
+        // Of each weight the last bit of its exponent and its significand; its sign and the exponent's other bits.
+        let lower = _mm512_permutex2var_epi8(front, self.lower, back);
+        let upper = _mm512_permutex2var_epi8(front, self.upper, back);
+        // upper·2 | (lower >> 7 & 1)
+        let exponent = _mm512_ternarylogic_epi32::<0xf8>(
+            _mm512_add_epi8(upper, upper),
+            _mm512_srli_epi16::<7>(lower),
+            _mm512_set1_epi8(1),
+        );
+        let is_more = _mm512_cmpge_epu8_mask(exponent, tiny);
+        let above = _mm512_maskz_sub_epi8(is_more, exponent, least);
+        // Tables take the low seven bits.
+        let code = _mm512_permutex2var_epi8(low, lower, high);
+        // No step has more than four bits, so none goes over to the next byte.
+        let code = _mm512_add_epi8(code, _mm512_slli_epi16::<3>(above));
+        let code = _mm512_maskz_min_epu8(is_more, code, _mm512_set1_epi8(0x7e));
+        // code | (upper & 0x80)
+        let code = _mm512_ternarylogic_epi32::<0xf8>(code, upper, _mm512_set1_epi8(-0x80));
+        store_64_bytes(code, place);
+        let steps = _mm512_set1_epi8(EXPONENTS.cast_signed() - 1);
+        _mm512_cmpgt_epu8_mask(above, steps) != 0
+    }
 }
 
 #[inline]

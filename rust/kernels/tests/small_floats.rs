@@ -1,6 +1,6 @@
 //! Floats of 4 bits, and blocks of small floats that share a scale.
 
-use super::{inputs, values, Random, OFFSETS};
+use super::{inputs, types_of, values, Random, OFFSETS};
 use crate::dtype::Dtype;
 use crate::formats::fp4_blocks::{self, Rule};
 use crate::formats::rows8::{self, Codes};
@@ -117,6 +117,13 @@ pub(super) fn check_fp4_blocks(level: Level) {
                     fp4_blocks::encode(Level::SCALAR, rule, weights, codes, scales);
                     fp4_blocks::encode(level, rule, weights, &mut got.0, &mut got.1);
                     assert!(got == expected, "{rule:?}, {blocks} blocks");
+                    for (numbers, stored) in types_of(&input[1..=blocks * size]) {
+                        let (codes, scales) = &mut expected;
+                        let numbers = Weights::F32(&numbers);
+                        fp4_blocks::encode(Level::SCALAR, rule, numbers, codes, scales);
+                        fp4_blocks::encode(level, rule, stored.weights(), &mut got.0, &mut got.1);
+                        assert!(got == expected, "{rule:?}, {blocks} blocks as stored");
+                    }
                 }
             }
         }
