@@ -5,12 +5,18 @@ use std::arch::x86_64::*;
 
 use crate::formats::borders::TOGETHER;
 
-/// 32 weights, ordered.
+/// The bits of 32 weights.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn bits_of(weights: &[[u8; 2]; 32]) -> __m512i {
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) }
+}
+
+/// The orders of weights, given their bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn ordered(weights: &[[u8; 2]; 32]) -> __m512i {
-    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
-    let bits = unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) };
+fn ordered(bits: __m512i) -> __m512i {
     // bits ^ (sign & 0x7fff)
     let sign = _mm512_srai_epi16::<15>(bits);
     _mm512_ternarylogic_epi32::<0x78>(bits, sign, _mm512_set1_epi16(i16::MAX))
@@ -34,7 +40,7 @@ fn range(weights: &[[u8; 2]]) -> [i16; 2] {
     let mut least = _mm512_set1_epi16(i16::MAX);
     let mut greatest = _mm512_set1_epi16(i16::MIN);
     for weights in weights.as_chunks().0 {
-        let order = ordered(weights);
+        let order = ordered(bits_of(weights));
         least = _mm512_min_epi16(least, order);
         greatest = _mm512_max_epi16(greatest, order);
     }
@@ -73,16 +79,6 @@ pub(super) fn values(orders: &[i16; 16]) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
 }
 
-/// Bits of numbers in the order of these, or the other way round, and the signs.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn ordered_32(bits: __m512i) -> (__m512i, __m512i) {
-    let sign = _mm512_srai_epi32::<31>(bits);
-    // bits ^ (sign & 0x7fffffff)
-    let order = _mm512_ternarylogic_epi32::<0x78>(bits, sign, _mm512_set1_epi32(i32::MAX));
-    (order, sign)
-}
-
 /// Rounded to BF16, to nearest with ties to even; no NaN.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -93,71 +89,97 @@ pub(super) fn rounded(values: __m512) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(-0x1_0000)))
 }
 
-/// The least orders with codes 1, 2, … 15 (for two bits: 1, 2, 3).
-#[derive(Clone, Copy)]
-pub(super) struct Borders {
-    /// Borders 8 (2), and from 4 (1), from 2 and from 1 on.
-    tables: [__m512i; 4],
+/// The orders of the least BF16 numbers that are at least `numbers`, or more where a lane of `strict` is 1 (0
+/// otherwise). The last is the largest order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn borders_at(numbers: __m512, strict: __m512i, borders: &mut [i16; TOGETHER]) {
+    let bits = _mm512_castps_si512(numbers);
+    let sign = _mm512_srai_epi32::<31>(bits);
+    // bits ^ (sign & 0x7fffffff)
+    let order = _mm512_ternarylogic_epi32::<0x78>(bits, sign, _mm512_set1_epi32(i32::MAX));
+    // The last bits of a BF16 number are 0, and those of the order of a negative one are 1.
+    let rest = _mm512_andnot_si512(sign, _mm512_set1_epi32(0xffff));
+    let above = _mm512_add_epi32(order, _mm512_add_epi32(strict, rest));
+    let least = _mm512_cvtepi32_epi16(_mm512_srai_epi32::<16>(above));
+    let least = _mm256_mask_set1_epi16(least, 1 << 15, i16::MAX);
+    // SAFETY: the reference is to 32 writable bytes; the store takes any alignment.
+    unsafe { _mm256_storeu_si256(borders.as_mut_ptr().cast(), least) }
 }
 
-impl Borders {
-    /// Those with these orders, 32 bits each.
+/// How weights of a group get their codes, of `BITS` bits.
+#[derive(Clone, Copy)]
+pub(super) struct Search<const BITS: u32> {
+    /// For 2 bits the borders of codes 1, 2 and 3, each for itself. For 4 all borders; and, as numbers, what weights
+    /// are multiplied with and what is added then, to have a code that is right or one too small.
+    parts: [__m512i; 3],
+}
+
+impl<const BITS: u32> Search<BITS> {
+    /// To be replaced.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) fn of<const BITS: u32>(orders: __m512i) -> Self {
-        let from_1 = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(orders));
-        let place: [i16; 32] = std::array::from_fn(|index| index as i16);
-        // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
-        let place = unsafe { _mm512_loadu_si512(place.as_ptr().cast()) };
-        let from = |number: i16| {
-            let place = _mm512_add_epi16(place, _mm512_set1_epi16(number - 1));
-            _mm512_permutexvar_epi16(place, from_1)
-        };
-        let only = |number: i16| _mm512_permutexvar_epi16(_mm512_set1_epi16(number - 1), from_1);
-        Borders {
-            tables: match BITS {
-                2 => [only(2), only(1), only(3), from_1],
-                _ => [only(8), from(4), from(2), from_1],
-            },
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn none() -> Self {
+        Search {
+            parts: [_mm512_setzero_si512(); 3],
         }
     }
 
-    /// The orders of the least BF16 numbers that are at least `numbers`, or more where a lane of `strict` is 1 (0
-    /// otherwise).
+    /// `borders` are as [`borders_at`] has them. No border is further than 0.1 from the middle between the numbers
+    /// whose quotients by the scale are whole; `least` is the least weight, `inverse` about 1/scale.
     #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn from(numbers: __m512, strict: __m512i) -> __m512i {
-        let (order, sign) = ordered_32(_mm512_castps_si512(numbers));
-        // The last bits of a BF16 number are 0, and those of the order of a negative one are 1.
-        let rest = _mm512_andnot_si512(sign, _mm512_set1_epi32(0xffff));
-        _mm512_srai_epi32::<16>(_mm512_add_epi32(order, _mm512_add_epi32(strict, rest)))
-    }
-
-    /// What a search for codes goes on by. The compiler is not told what these numbers are: it would make more than a
-    /// sum of each step, as they have no bit in common.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn steps() -> [__m512i; 3] {
-        [4, 2, 1].map(|step| _mm512_set1_epi16(std::hint::black_box(step)))
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) fn new(borders: &[i16; TOGETHER], least: f32, inverse: f32) -> Self {
+        /// Above it numbers have eight bits for a fraction.
+        const WHOLE: f32 = 32768.0;
+        if BITS == 2 {
+            let [first, second, third, ..] = *borders;
+            return Search {
+                parts: [
+                    _mm512_set1_epi16(first),
+                    _mm512_set1_epi16(second),
+                    _mm512_set1_epi16(third),
+                ],
+            };
+        }
+        // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
+        let all = unsafe { _mm256_loadu_si256(borders.as_ptr().cast()) };
+        let start = WHOLE + 0.1 - least * inverse;
+        Search {
+            parts: [
+                _mm512_castsi256_si512(all),
+                _mm512_castps_si512(_mm512_set1_ps(inverse)),
+                _mm512_castps_si512(_mm512_set1_ps(start)),
+            ],
+        }
     }
 
     /// Codes of 32 weights, each in 16 bits.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) fn codes<const BITS: u32>(&self, steps: &[__m512i; 3], order: __m512i) -> __m512i {
+    pub(super) fn codes(&self, bits: __m512i) -> __m512i {
+        let order = ordered(bits);
         let reached = |border| _mm512_cmpge_epi16_mask(order, border);
-        let [first, tables @ ..] = self.tables;
-        let is_upper = reached(first);
+        let one = _mm512_set1_epi16(1);
         if BITS == 2 {
+            let [first, second, third] = self.parts;
+            let is_upper = reached(second);
             let code = _mm512_maskz_set1_epi16(is_upper, 2);
-            let border = _mm512_mask_blend_epi16(is_upper, tables[0], tables[1]);
-            return _mm512_mask_add_epi16(code, reached(border), code, steps[2]);
+            let border = _mm512_mask_blend_epi16(is_upper, first, third);
+            return _mm512_mask_add_epi16(code, reached(border), code, one);
         }
-        let mut code = _mm512_maskz_set1_epi16(is_upper, 8);
-        for (table, &step) in tables.into_iter().zip(steps) {
-            let border = _mm512_permutexvar_epi16(code, table);
-            code = _mm512_mask_add_epi16(code, reached(border), code, step);
-        }
-        code
+        let [borders, inverse, start] = self.parts;
+        let scaled = |bits| {
+            let (inverse, start) = (_mm512_castsi512_ps(inverse), _mm512_castsi512_ps(start));
+            let sum = _mm512_fmadd_ps(_mm512_castsi512_ps(bits), inverse, start);
+            _mm512_castps_si512(sum)
+        };
+        // The first and the second of each two weights. What is whole comes to lie in their 16 bits.
+        let first = _mm512_srli_epi32::<8>(scaled(_mm512_slli_epi32::<16>(bits)));
+        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(-0x1_0000));
+        let second = _mm512_slli_epi32::<8>(scaled(upper));
+        let code = _mm512_mask_blend_epi16(0xaaaa_aaaa, first, second);
+        let border = _mm512_permutexvar_epi16(code, borders);
+        _mm512_mask_add_epi16(code, reached(border), code, one)
     }
 }

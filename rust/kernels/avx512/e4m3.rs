@@ -18,8 +18,8 @@ pub(in crate::kernels) fn look_up_e4m3(
     let parts = weights.chunks(size).zip(codes.chunks_mut(size));
     for ((weights, codes), table) in parts.zip(tables) {
         let look_up = LookUp::new(&table.codes);
-        let [least, tiny] = [table.least, tiny(table.least)]
-            .map(|exponent| _mm512_set1_epi8(exponent.cast_signed()));
+        let least = of_halves([table.least; 2]);
+        let tiny = of_halves([tiny(table.least); 2]);
         let runs = weights.as_chunks::<RUN>().0;
         for (run, place) in runs.iter().zip(codes.as_chunks_mut::<RUN>().0) {
             crate::kernels::ahead(run, ahead);
@@ -61,12 +61,7 @@ pub(in crate::kernels) fn look_up_mxfp8(
         crate::kernels::ahead(run, ahead);
         // The least normal number is 6 exponents below 1, which is the scale.
         let leasts = scales.map(|scale| scale.wrapping_sub(6));
-        let [least, tiny] = [leasts, leasts.map(tiny)].map(|[low, high]| {
-            _mm512_inserti64x4::<1>(
-                _mm512_castsi256_si512(_mm256_set1_epi8(low.cast_signed())),
-                _mm256_set1_epi8(high.cast_signed()),
-            )
-        });
+        let (least, tiny) = (of_halves(leasts), of_halves(leasts.map(tiny)));
         let is_missed = look_up.put(least, tiny, run, place);
         // Below that scale there are exponents of less than 1.
         let is_small = scales.iter().any(|scale| *scale < 7);
@@ -80,6 +75,16 @@ pub(in crate::kernels) fn look_up_mxfp8(
 #[inline]
 fn tiny(least: u8) -> u8 {
     least.saturating_sub(6)
+}
+
+/// A number in every byte of the lower half, and of the upper one.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn of_halves([low, high]: [u8; 2]) -> __m512i {
+    _mm512_inserti64x4::<1>(
+        _mm512_castsi256_si512(_mm256_set1_epi8(low.cast_signed())),
+        _mm256_set1_epi8(high.cast_signed()),
+    )
 }
 
 /// Codes of the scales of blocks with these largest magnitudes, in BF16: of the least powers of two from 1/448 of

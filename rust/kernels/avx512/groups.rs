@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::borders::{ordered, ranges, rounded, values, Borders};
+use super::borders::{bits_of, borders_at, ranges, rounded, values, Search};
 use super::{store, store_64_bytes};
 use crate::formats::borders::{Dividends, RUN, TOGETHER};
 use crate::formats::quanto_groups::{Groups, Lanes};
@@ -34,6 +34,7 @@ fn encode<const BITS: u32, const PARTS: usize>(
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> usize {
+    const EMPTY: &[[[u8; 2]; RUN]] = &[];
     let size = groups.size;
     let mut parts: [&[[u8; 2]]; PARTS] = [&[]; PARTS];
     for (part, weights) in parts.iter_mut().zip(lanes.weights) {
@@ -44,7 +45,6 @@ fn encode<const BITS: u32, const PARTS: usize>(
     // Without any, what is read now is asked for.
     let ahead = lanes.ahead.unwrap_or_default();
     let rows = TOGETHER / PARTS;
-    let steps = Borders::steps();
     let blocks = pairs
         .as_chunks_mut::<{ 4 * TOGETHER }>()
         .0
@@ -63,27 +63,27 @@ fn encode<const BITS: u32, const PARTS: usize>(
             return number * rows;
         };
         store_64_bytes(scaled.pairs, pairs);
-        let (mut scales, mut leasts) = ([0; TOGETHER], [0.0; TOGETHER]);
-        store_64_bytes(
-            scaled.scales,
-            bytemuck::cast_mut::<[u32; TOGETHER], [u8; 64]>(&mut scales),
-        );
-        store(scaled.least, &mut leasts);
-        let found = scales.chunks_exact(PARTS).zip(leasts.chunks_exact(PARTS));
-        for (row, ((scales, leasts), codes)) in found.zip(codes.chunks_exact_mut(size)).enumerate()
-        {
-            let borders: [Borders; PARTS] =
-                std::array::from_fn(|part| borders::<BITS>(dividends, scales[part], leasts[part]));
-            let weights: [&[[[u8; 2]; RUN]]; PARTS] =
-                std::array::from_fn(|part| group(row * PARTS + part).as_chunks().0);
+        let mut borders = [[0; TOGETHER]; TOGETHER];
+        for (index, borders) in borders.iter_mut().enumerate() {
+            let (scale, least) = (scaled.scales[index], scaled.least[index]);
+            put_borders(dividends, scale, least, borders);
+        }
+        for (row, codes) in codes.chunks_exact_mut(size).enumerate() {
+            let mut lanes = [(Search::<BITS>::none(), EMPTY); PARTS];
+            for (part, lane) in lanes.iter_mut().enumerate() {
+                let index = row * PARTS + part;
+                let (least, inverse) = (scaled.least[index], scaled.inverse[index]);
+                let search = Search::new(&borders[index], least, inverse);
+                *lane = (search, group(index).as_chunks().0);
+            }
             for (at, place) in codes.as_chunks_mut().0.iter_mut().enumerate() {
                 let mut packed = _mm512_setzero_si512();
-                for part in (0..PARTS).rev() {
-                    let weights = &weights[part][at];
+                for (search, weights) in lanes.iter().rev() {
+                    let weights = &weights[at];
                     crate::kernels::ahead(weights, ahead);
                     let (halves, _) = weights.as_chunks();
-                    let low = borders[part].codes::<BITS>(&steps, ordered(&halves[0]));
-                    let high = borders[part].codes::<BITS>(&steps, ordered(&halves[1]));
+                    let low = search.codes(bits_of(&halves[0]));
+                    let high = search.codes(bits_of(&halves[1]));
                     // No byte has bits that would go over to the next.
                     packed = _mm512_or_si512(
                         _mm512_slli_epi16::<BITS>(packed),
@@ -103,9 +103,10 @@ fn encode<const BITS: u32, const PARTS: usize>(
 struct Scaled {
     /// Scale and shift of each, as they are stored.
     pairs: __m512i,
-    /// Bits of the scales.
-    scales: __m512i,
-    least: __m512,
+    scales: [f32; TOGETHER],
+    /// 1/scale.
+    inverse: [f32; TOGETHER],
+    least: [f32; TOGETHER],
 }
 
 impl Scaled {
@@ -122,25 +123,33 @@ impl Scaled {
         if serves != u16::MAX {
             return None;
         }
-        let scales = _mm512_castps_si512(scale);
         // The shift is the least weight with the other sign, above the scale.
         let shift = _mm512_xor_si512(_mm512_castps_si512(least), _mm512_set1_epi32(i32::MIN));
+        let stored = _mm512_srli_epi32::<16>(_mm512_castps_si512(scale));
+        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), scale);
+        let [scales, inverse, least] = [scale, inverse, least].map(|vector| {
+            let mut numbers = [0.0; TOGETHER];
+            store(vector, &mut numbers);
+            numbers
+        });
         Some(Scaled {
-            pairs: _mm512_or_si512(shift, _mm512_srli_epi32::<16>(scales)),
+            pairs: _mm512_or_si512(shift, stored),
             scales,
+            inverse,
             least,
         })
     }
 }
 
-/// The borders of a group, given the bits of its scale.
+/// The borders of a group.
 ///
 /// A weight is at a border if its sum with the shift, the rounded one, is at least one of `dividends`. That is
 /// rounded up from the middle between it and the number below on, or from what is above the middle if its last bit
 /// is set. The middle and the least weight have so few bits that their sum is exact wherever it is near to a weight.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn borders<const BITS: u32>(dividends: &Dividends, scale: u32, least: f32) -> Borders {
+fn put_borders(dividends: &Dividends, scale: f32, least: f32, borders: &mut [i16; TOGETHER]) {
+    let scale = scale.to_bits();
     let table = &dividends[(scale >> 16 & 127) as usize];
     // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
     let dividends = unsafe { _mm256_loadu_si256(table.as_ptr().cast()) };
@@ -153,5 +162,5 @@ fn borders<const BITS: u32>(dividends: &Dividends, scale: u32, least: f32) -> Bo
         _mm512_set1_epi32(down.cast_signed()),
     );
     let numbers = _mm512_add_ps(_mm512_castsi512_ps(middle), _mm512_set1_ps(least));
-    Borders::of::<BITS>(Borders::from(numbers, is_odd))
+    borders_at(numbers, is_odd, borders);
 }
