@@ -1,4 +1,4 @@
-//! Where codes begin that are whole numbers.
+//! Where the codes of [`super::quanto_groups`] begin.
 //!
 //! However a weight is turned into its code, a larger one never gets a smaller code. So the least weights of each
 //! code say as much as the arithmetic does, and a search among them is quicker where they fit in a vector.
@@ -6,11 +6,6 @@
 use std::sync::OnceLock;
 
 use super::quanto_groups::code_of;
-
-/// Groups that are encoded together: as many scales fill a vector.
-pub(crate) const TOGETHER: usize = 16;
-/// Groups are of a multiple of as many weights.
-pub(crate) const RUN: usize = 64;
 
 /// Codes but 0.
 pub(crate) const COUNT: usize = 15;

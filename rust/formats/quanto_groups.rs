@@ -109,7 +109,7 @@ pub fn encode(
     let pair = 2 * parts * for_computed!(groups.dtype, |Computed| Computed::BYTES);
     let has_borders = sharing == Sharing::Neighbours
         && groups.dtype == Dtype::BF16
-        && groups.size.is_multiple_of(borders::RUN)
+        && groups.size.is_multiple_of(kernels::GROUP_STEP)
         && matches!(lanes.weights[0], Weights::BF16(_));
     let count = codes.len() / groups.size;
     let mut first = 0;
@@ -132,7 +132,7 @@ pub fn encode(
                 continue;
             }
             // What is not done by borders is done by arithmetic, and then others may be.
-            next = next.min(borders::TOGETHER / parts);
+            next = next.min(kernels::GROUPS / parts);
         }
         let (pairs, codes) = (&mut pairs[..next * pair], &mut codes[..next * groups.size]);
         kernels::encode_shared_groups(level, groups, sharing, &lanes, pairs, codes)

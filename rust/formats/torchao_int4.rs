@@ -35,7 +35,6 @@
 //! Peer: torchao 0.18.0 (`Int4WeightOnlyConfig`, packing format PLAIN) on CPU, with the functions that it takes
 //! from MSLK, which are those of fbgemm-gpu-genai 1.9.0 too.
 
-use super::borders;
 use super::rows8::{self, Divisor, TO_WHOLE};
 use super::scaled::read_scale;
 use super::stored::{for_computed, for_stored, Stored};
@@ -352,14 +351,14 @@ pub fn encode(
         let weights = &weights[first * size..];
         let (pairs, codes) = (&mut pairs[first * pair..], &mut codes[first * size / 2..]);
         let mut next = count - first;
-        if size.is_multiple_of(borders::RUN) {
+        if size.is_multiple_of(kernels::GROUP_STEP) {
             let done = kernels::encode_bf16_pairs(level, size, dtype, weights, pairs, codes);
             if done > 0 {
                 first += done;
                 continue;
             }
-            // What is not done by borders is done by arithmetic, and then others may be.
-            next = next.min(borders::TOGETHER);
+            // Where one of these needs care, and then others may be done so.
+            next = next.min(kernels::GROUPS);
         }
         let weights = Weights::BF16(&weights[..next * size]);
         let done = kernels::encode_pairs(level, size, dtype, weights, pairs, codes);

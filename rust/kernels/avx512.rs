@@ -1,7 +1,8 @@
 //! AVX-512 versions (F, BW, DQ, VL). Scalar bodies and special cases: see the function that offers
 //! the work.
 //!
-//! Every function here may be called only on a processor that has these features.
+//! Every function here may be called only on a processor that has these features, and those that it says
+//! itself.
 
 mod bodies;
 mod borders;
@@ -10,6 +11,7 @@ mod e4m3;
 mod groups;
 mod lanes;
 mod levels;
+mod orders;
 mod pairs;
 
 pub(super) use bodies::*;

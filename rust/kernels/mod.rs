@@ -9,7 +9,8 @@
 //! least 1.3 times as fast. Portable bodies that the compiler makes vectors of are compiled for each
 //! level (`bodies`).
 //!
-//! The level is detected once per process, by asking for every feature that its modules use. The
+//! The level is detected once per process, by asking for every feature that its modules use; the
+//! few functions for what fewer processors have (AVX-512 BF16, VBMI) are asked for by themselves. The
 //! Cargo feature `scalar` leaves the scalar bodies only. There are faster versions for x86-64;
 //! other processors run the scalar bodies, as the compiler vectorises them.
 
@@ -93,6 +94,11 @@ pub fn level() -> Level {
     *LEVEL.get_or_init(|| Level::available().pop().unwrap_or(Level::SCALAR))
 }
 
+/// Groups of BF16 that [`encode_bf16_groups`] and [`encode_bf16_pairs`] take at a time: as many scales fill a vector.
+pub(crate) const GROUPS: usize = 16;
+/// They are of a multiple of as many weights.
+pub(crate) const GROUP_STEP: usize = 64;
+
 /// Whether [`look_up_e4m3`] does anything: AVX-512 needs its byte permutations (VBMI) for it.
 pub(crate) fn looks_up(level: Level) -> bool {
     match level.0 {
@@ -144,7 +150,7 @@ pub(crate) fn look_up_mxfp8(
 }
 
 /// `quanto_groups::encode` for BF16 whose groups lie as `Sharing::Neighbours` says, by comparing with the borders of
-/// codes; gives the number of groups done of each lane, [`borders::TOGETHER`] of all lanes at a time.
+/// codes; gives the number of groups done of each lane, [`GROUPS`] of all lanes at a time.
 #[allow(unused_variables)]
 pub(crate) fn encode_bf16_groups(
     level: Level,
@@ -164,8 +170,7 @@ pub(crate) fn encode_bf16_groups(
     }
 }
 
-/// `torchao_int4::encode` for BF16, by comparing with the borders of codes; gives the number of groups done,
-/// [`borders::TOGETHER`] at a time.
+/// `torchao_int4::encode` for BF16; gives the number of groups done, [`GROUPS`] at a time.
 #[allow(unused_variables)]
 pub(crate) fn encode_bf16_pairs(
     level: Level,

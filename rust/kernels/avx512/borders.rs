@@ -1,99 +1,15 @@
-//! BF16 weights as whole numbers of 16 bits that are ordered as they are (`Stored::order`), the range of many of
-//! them, and their codes by search among the least weights of each.
+//! Borders of codes: the orders of the least weights of each, and codes by search among them.
 
 use std::arch::x86_64::*;
 
-use crate::formats::borders::TOGETHER;
-
-/// The bits of 32 weights.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn bits_of(weights: &[[u8; 2]; 32]) -> __m512i {
-    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
-    unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) }
-}
-
-/// The orders of weights, given their bits.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn ordered(bits: __m512i) -> __m512i {
-    // bits ^ (sign & 0x7fff)
-    let sign = _mm512_srai_epi16::<15>(bits);
-    _mm512_ternarylogic_epi32::<0x78>(bits, sign, _mm512_set1_epi16(i16::MAX))
-}
-
-/// The least and the greatest orders of as many groups, of a multiple of 32 weights each.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn ranges<'a>(group: impl Fn(usize) -> &'a [[u8; 2]]) -> [[i16; TOGETHER]; 2] {
-    let (mut least, mut greatest) = ([0; TOGETHER], [0; TOGETHER]);
-    for (index, (least, greatest)) in least.iter_mut().zip(&mut greatest).enumerate() {
-        [*least, *greatest] = range(group(index));
-    }
-    [least, greatest]
-}
-
-/// The least and the greatest of the orders of weights, of which there are a multiple of 32.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn range(weights: &[[u8; 2]]) -> [i16; 2] {
-    let mut least = _mm512_set1_epi16(i16::MAX);
-    let mut greatest = _mm512_set1_epi16(i16::MIN);
-    for weights in weights.as_chunks().0 {
-        let order = ordered(bits_of(weights));
-        least = _mm512_min_epi16(least, order);
-        greatest = _mm512_max_epi16(greatest, order);
-    }
-    [
-        least_of(least),
-        !least_of(_mm512_xor_si512(greatest, _mm512_set1_epi16(-1))),
-    ]
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn least_of(orders: __m512i) -> i16 {
-    let (low, high) = (
-        _mm512_castsi512_si256(orders),
-        _mm512_extracti64x4_epi64::<1>(orders),
-    );
-    let least = _mm256_min_epi16(low, high);
-    let (low, high) = (
-        _mm256_castsi256_si128(least),
-        _mm256_extracti128_si256::<1>(least),
-    );
-    let least = _mm_min_epi16(low, high);
-    // The instruction takes them without sign.
-    let least = _mm_minpos_epu16(_mm_xor_si128(least, _mm_set1_epi16(i16::MIN)));
-    _mm_cvtsi128_si32(least) as i16 ^ i16::MIN
-}
-
-/// The values of 16 orders.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn values(orders: &[i16; 16]) -> __m512 {
-    // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.
-    let order = unsafe { _mm256_loadu_si256(orders.as_ptr().cast()) };
-    let sign = _mm256_srai_epi16::<15>(order);
-    let bits = _mm256_ternarylogic_epi32::<0x78>(order, sign, _mm256_set1_epi16(i16::MAX));
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
-}
-
-/// Rounded to BF16, to nearest with ties to even; no NaN.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn rounded(values: __m512) -> __m512 {
-    let bits = _mm512_castps_si512(values);
-    let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-    let sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(-0x1_0000)))
-}
+use super::orders::ordered;
+use crate::kernels::GROUPS;
 
 /// The orders of the least BF16 numbers that are at least `numbers`, or more where a lane of `strict` is 1 (0
 /// otherwise). The last is the largest order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn borders_at(numbers: __m512, strict: __m512i, borders: &mut [i16; TOGETHER]) {
+pub(super) fn borders_at(numbers: __m512, strict: __m512i, borders: &mut [i16; GROUPS]) {
     let bits = _mm512_castps_si512(numbers);
     let sign = _mm512_srai_epi32::<31>(bits);
     // bits ^ (sign & 0x7fffffff)
@@ -129,7 +45,7 @@ impl<const BITS: u32> Search<BITS> {
     /// whose quotients by the scale are whole; `least` is the least weight, `inverse` about 1/scale.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) fn new(borders: &[i16; TOGETHER], least: f32, inverse: f32) -> Self {
+    pub(super) fn new(borders: &[i16; GROUPS], least: f32, inverse: f32) -> Self {
         /// Above it numbers have eight bits for a fraction.
         const WHOLE: f32 = 32768.0;
         if BITS == 2 {

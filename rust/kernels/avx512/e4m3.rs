@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::orders::{bits_of, greatest_of};
 use super::{store_32_bytes, store_64_bytes};
 use crate::formats::significands::{Significands, COUNT, EXPONENTS, MX_BLOCKS, RUN};
 
@@ -104,21 +105,8 @@ fn mx_scales(most: &[u16; 32]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn largest(weights: &[[u8; 2]; 32]) -> u16 {
-    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
-    let bits = unsafe { _mm512_loadu_si512(weights.as_ptr().cast()) };
-    let sizes = _mm512_and_si512(bits, _mm512_set1_epi16(i16::MAX));
-    let (low, high) = (
-        _mm512_castsi512_si256(sizes),
-        _mm512_extracti64x4_epi64::<1>(sizes),
-    );
-    let most = _mm256_max_epi16(low, high);
-    let (low, high) = (
-        _mm256_castsi256_si128(most),
-        _mm256_extracti128_si256::<1>(most),
-    );
-    // The instruction finds the least, so of what each lacks.
-    let lacks = _mm_sub_epi16(_mm_set1_epi16(i16::MAX), _mm_max_epi16(low, high));
-    i16::MAX as u16 - _mm_cvtsi128_si32(_mm_minpos_epu16(lacks)) as u16
+    let sizes = _mm512_and_si512(bits_of(weights), _mm512_set1_epi16(i16::MAX));
+    greatest_of(sizes).cast_unsigned()
 }
 
 /// A table of significands, and how weights are taken apart.

@@ -2,12 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::borders::{bits_of, borders_at, ranges, rounded, values, Search};
+use super::borders::{borders_at, Search};
+use super::orders::{bits_of, ranges, rounded, values};
 use super::{store, store_64_bytes};
-use crate::formats::borders::{Dividends, RUN, TOGETHER};
+use crate::formats::borders::Dividends;
 use crate::formats::quanto_groups::{Groups, Lanes};
 use crate::formats::rows8::Divisor;
 use crate::formats::Weights;
+use crate::kernels::{GROUPS, GROUP_STEP};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(in crate::kernels) fn encode_bf16_groups(
@@ -34,7 +36,7 @@ fn encode<const BITS: u32, const PARTS: usize>(
     pairs: &mut [u8],
     codes: &mut [u8],
 ) -> usize {
-    const EMPTY: &[[[u8; 2]; RUN]] = &[];
+    const EMPTY: &[[[u8; 2]; GROUP_STEP]] = &[];
     let size = groups.size;
     let mut parts: [&[[u8; 2]]; PARTS] = [&[]; PARTS];
     for (part, weights) in parts.iter_mut().zip(lanes.weights) {
@@ -44,9 +46,9 @@ fn encode<const BITS: u32, const PARTS: usize>(
     }
     // Without any, what is read now is asked for.
     let ahead = lanes.ahead.unwrap_or_default();
-    let rows = TOGETHER / PARTS;
+    let rows = GROUPS / PARTS;
     let blocks = pairs
-        .as_chunks_mut::<{ 4 * TOGETHER }>()
+        .as_chunks_mut::<{ 4 * GROUPS }>()
         .0
         .iter_mut()
         .zip(codes.chunks_exact_mut(size * rows));
@@ -63,7 +65,7 @@ fn encode<const BITS: u32, const PARTS: usize>(
             return number * rows;
         };
         store_64_bytes(scaled.pairs, pairs);
-        let mut borders = [[0; TOGETHER]; TOGETHER];
+        let mut borders = [[0; GROUPS]; GROUPS];
         for (index, borders) in borders.iter_mut().enumerate() {
             let (scale, least) = (scaled.scales[index], scaled.least[index]);
             put_borders(dividends, scale, least, borders);
@@ -103,17 +105,17 @@ fn encode<const BITS: u32, const PARTS: usize>(
 struct Scaled {
     /// Scale and shift of each, as they are stored.
     pairs: __m512i,
-    scales: [f32; TOGETHER],
+    scales: [f32; GROUPS],
     /// 1/scale.
-    inverse: [f32; TOGETHER],
-    least: [f32; TOGETHER],
+    inverse: [f32; GROUPS],
+    least: [f32; GROUPS],
 }
 
 impl Scaled {
     /// `None` if one of them needs care.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn new(least: &[i16; TOGETHER], greatest: &[i16; TOGETHER], most: f32) -> Option<Self> {
+    fn new(least: &[i16; GROUPS], greatest: &[i16; GROUPS], most: f32) -> Option<Self> {
         let (least, greatest) = (values(least), values(greatest));
         let whole = rounded(_mm512_sub_ps(greatest, least));
         let scale = rounded(_mm512_div_ps(whole, _mm512_set1_ps(most)));
@@ -128,7 +130,7 @@ impl Scaled {
         let stored = _mm512_srli_epi32::<16>(_mm512_castps_si512(scale));
         let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), scale);
         let [scales, inverse, least] = [scale, inverse, least].map(|vector| {
-            let mut numbers = [0.0; TOGETHER];
+            let mut numbers = [0.0; GROUPS];
             store(vector, &mut numbers);
             numbers
         });
@@ -148,7 +150,7 @@ impl Scaled {
 /// is set. The middle and the least weight have so few bits that their sum is exact wherever it is near to a weight.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn put_borders(dividends: &Dividends, scale: f32, least: f32, borders: &mut [i16; TOGETHER]) {
+fn put_borders(dividends: &Dividends, scale: f32, least: f32, borders: &mut [i16; GROUPS]) {
     let scale = scale.to_bits();
     let table = &dividends[(scale >> 16 & 127) as usize];
     // SAFETY: the reference is to 32 readable bytes; the load takes any alignment.

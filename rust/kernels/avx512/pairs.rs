@@ -1,12 +1,12 @@
-//! Groups of `torchao_int4`, of BF16: codes by comparing weights with the borders of codes.
+//! Groups of `torchao_int4`, of BF16: the ranges of several at a time.
 
-use super::borders::{ranges, values};
+use super::orders::{ranges, values};
 use super::store;
 use crate::dtype::Dtype;
-use crate::formats::borders::TOGETHER;
 use crate::formats::rows8::Divisor;
 use crate::formats::stored::{for_computed, Brain, Stored};
 use crate::formats::torchao_int4::{put_pairs, Steps};
+use crate::kernels::GROUPS;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub(in crate::kernels) fn encode_bf16_pairs(
@@ -30,15 +30,15 @@ fn encode<C: Stored>(
     codes: &mut [u8],
 ) -> usize {
     let blocks = weights
-        .chunks_exact(size * TOGETHER)
-        .zip(codes.chunks_exact_mut(size / 2 * TOGETHER))
-        .zip(pairs.chunks_exact_mut(2 * C::BYTES * TOGETHER));
+        .chunks_exact(size * GROUPS)
+        .zip(codes.chunks_exact_mut(size / 2 * GROUPS))
+        .zip(pairs.chunks_exact_mut(2 * C::BYTES * GROUPS));
     for (number, ((weights, codes), pairs)) in blocks.enumerate() {
         let [least, greatest] = ranges(|index| &weights[index * size..(index + 1) * size]);
-        let (mut leasts, mut greatests) = ([0.0; TOGETHER], [0.0; TOGETHER]);
+        let (mut leasts, mut greatests) = ([0.0; GROUPS], [0.0; GROUPS]);
         store(values(&least), &mut leasts);
         store(values(&greatest), &mut greatests);
-        let mut steps = [Steps::between((0.0, 0.0)); TOGETHER];
+        let mut steps = [Steps::between((0.0, 0.0)); GROUPS];
         let ranges = leasts.into_iter().zip(greatests);
         let places = steps.iter_mut().zip(pairs.chunks_exact_mut(2 * C::BYTES));
         for (range, (steps, pair)) in ranges.zip(places) {
@@ -46,7 +46,7 @@ fn encode<C: Stored>(
             steps.store::<C>(pair);
         }
         if !steps.iter().all(|steps| Divisor::serves(steps.step)) {
-            return number * TOGETHER;
+            return number * GROUPS;
         }
         let groups = weights
             .chunks_exact(size)
@@ -58,5 +58,5 @@ fn encode<C: Stored>(
             });
         }
     }
-    codes.len() / (size / 2 * TOGETHER) * TOGETHER
+    codes.len() / (size / 2 * GROUPS) * GROUPS
 }
