@@ -49,7 +49,7 @@ impl Significands {
     ) -> Option<Self> {
         /// The least normal number of E4M3.
         const LEAST: f32 = 1.0 / 64.0;
-        if kind != Codes::E4m3 || count < WORTH || !kernels::looks_up(level) {
+        if kind != Codes::E4m3 || count < WORTH || level == Level::SCALAR {
             return None;
         }
         let border = match scaling {
@@ -107,6 +107,10 @@ pub(super) fn encode(
         for (weights, codes) in parts {
             let table = |at: usize| number * together + at / size;
             let mut missed = kernels::look_up_e4m3(level, tables, size, weights, codes, ahead);
+            if missed.trailing_ones() as usize >= weights.len() / RUN {
+                compute(table(0), Weights::BF16(weights), codes);
+                continue;
+            }
             while missed != 0 {
                 let at = RUN * missed.trailing_zeros() as usize;
                 let (weights, codes) = (&weights[at..at + RUN], &mut codes[at..at + RUN]);
@@ -149,4 +153,38 @@ fn table_of_one() -> &'static [u8; COUNT] {
     TABLE.get_or_init(|| {
         std::array::from_fn(|index| to_e4m3((1.0 + index as f32 / COUNT as f32) / 64.0))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+
+    #[test]
+    fn codes_rise_by_one_and_no_more_than_twice_within_sixteen() {
+        for level in Level::available() {
+            for bits in (0..1 << 23).step_by(1021) {
+                let factor = f32::from_bits(127 << 23 | bits);
+                for scaling in [
+                    Scaling::Product,
+                    Scaling::Quotient(Dtype::F32),
+                    Scaling::Quotient(Dtype::BF16),
+                    Scaling::Quotient(Dtype::F16),
+                ] {
+                    let made = Significands::new(level, Codes::E4m3, scaling, factor, WORTH);
+                    let Some(Significands { codes, .. }) = made else {
+                        assert_eq!(level, Level::SCALAR);
+                        continue;
+                    };
+                    assert!(codes[0] >= 8 && codes[COUNT - 1] <= codes[0] + 8);
+                    for pair in codes.windows(2) {
+                        assert!(pair[1] == pair[0] || pair[1] == pair[0] + 1, "{factor:e}");
+                    }
+                    for block in codes.chunks(16) {
+                        assert!(block[15] <= block[0] + 2, "{factor:e}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -99,36 +99,6 @@ pub(crate) const GROUPS: usize = 16;
 /// They are of a multiple of as many weights.
 pub(crate) const GROUP_STEP: usize = 64;
 
-/// Whether [`look_up_e4m3`] does anything: AVX-512 needs its byte permutations (VBMI) for it.
-pub(crate) fn looks_up(level: Level) -> bool {
-    match level.0 {
-        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
-        Tier::Avx512 => is_x86_feature_detected!("avx512vbmi"),
-        _ => false,
-    }
-}
-
-/// E4M3 codes of whole runs of BF16 weights, up to 64 of them, each `size` weights by a table of their own; the
-/// bits that are set in what it gives are those of runs with weights that cannot be looked up.
-#[allow(unused_variables)]
-pub(crate) fn look_up_e4m3(
-    level: Level,
-    tables: &[Significands],
-    size: usize,
-    weights: &[[u8; 2]],
-    codes: &mut [u8],
-    ahead: usize,
-) -> u64 {
-    match level.0 {
-        // SAFETY: this level comes from detection only, and what it does not include was asked for.
-        #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
-        Tier::Avx512 if looks_up(level) => unsafe {
-            avx512::look_up_e4m3(tables, size, weights, codes, ahead)
-        },
-        _ => u64::MAX,
-    }
-}
-
 /// Scales of blocks of `torchao:mxfp8`, up to [`significands::MX_BLOCKS`], and the codes of whole runs of BF16 weights;
 /// the bits that are set in what it gives are those of runs with weights that cannot be looked up.
 #[allow(unused_variables)]
@@ -140,11 +110,9 @@ pub(crate) fn look_up_mxfp8(
     scales: &mut [u8],
 ) -> u32 {
     match level.0 {
-        // SAFETY: this level comes from detection only, and what it does not include was asked for.
+        // SAFETY: this level comes from detection only.
         #[cfg(all(target_arch = "x86_64", not(feature = "scalar")))]
-        Tier::Avx512 if looks_up(level) => unsafe {
-            avx512::look_up_mxfp8(table, weights, codes, scales)
-        },
+        Tier::Avx512 => unsafe { avx512::look_up_mxfp8(table, weights, codes, scales) },
         _ => u32::MAX,
     }
 }
@@ -304,6 +272,15 @@ offers! {
         zeros: &[u8],
         weights: &mut [f32],
     ) -> () = rows8::decode_groups_body(size, dtype, codes, scales, zeros, weights);
+    /// E4M3 codes of whole runs of BF16 weights, up to 64 of them, each `size` weights by a table of their own; the
+    /// bits that are set in what it gives are those of runs with weights that cannot be looked up.
+    fn look_up_e4m3 [avx2 avx512] (
+        tables: &[Significands],
+        size: usize,
+        weights: &[[u8; 2]],
+        codes: &mut [u8],
+        ahead: usize,
+    ) -> u64 = u64::MAX;
     /// Largest magnitudes of the squares of `scaled`, likewise.
     fn measure_squares [avx2 avx512] (
         squares: scaled::Squares,

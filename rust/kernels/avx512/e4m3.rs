@@ -5,10 +5,44 @@ use std::arch::x86_64::*;
 use super::orders::{bits_of, greatest_of};
 use super::{store_32_bytes, store_64_bytes};
 use crate::formats::significands::{Significands, COUNT, EXPONENTS, MX_BLOCKS, RUN};
+use crate::kernels::avx2;
 
-/// For processors with AVX-512 VBMI.
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+/// With permutations of bytes (VBMI), or as the level below does it.
+#[target_feature(enable = "avx512f,avx512bw")]
 pub(in crate::kernels) fn look_up_e4m3(
+    tables: &[Significands],
+    size: usize,
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    ahead: usize,
+) -> u64 {
+    if is_x86_feature_detected!("avx512vbmi") {
+        // SAFETY: the processor has this feature too.
+        return unsafe { look_up_bytes(tables, size, weights, codes, ahead) };
+    }
+    avx2::look_up_e4m3(tables, size, weights, codes, ahead)
+}
+
+/// With VBMI only.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(in crate::kernels) fn look_up_mxfp8(
+    table: &[u8; COUNT],
+    weights: &[[u8; 2]],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> u32 {
+    if !is_x86_feature_detected!("avx512vbmi") {
+        return u32::MAX;
+    }
+    // SAFETY: the processor has this feature too.
+    unsafe { look_up_blocks(table, weights, codes, scales) }
+}
+
+/// # Safety
+///
+/// The processor has AVX-512 VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+unsafe fn look_up_bytes(
     tables: &[Significands],
     size: usize,
     weights: &[[u8; 2]],
@@ -32,9 +66,11 @@ pub(in crate::kernels) fn look_up_e4m3(
     missed
 }
 
-/// For processors with AVX-512 VBMI.
+/// # Safety
+///
+/// The processor has AVX-512 VBMI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-pub(in crate::kernels) fn look_up_mxfp8(
+unsafe fn look_up_blocks(
     table: &[u8; COUNT],
     weights: &[[u8; 2]],
     codes: &mut [u8],
