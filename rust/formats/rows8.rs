@@ -119,7 +119,7 @@ pub fn encode(
     codes: &mut [u8],
 ) {
     let size = weights.len().max(1);
-    let significands = Significands::new(level, kind, scaling, factor, size);
+    let significands = Significands::new(level, kind, scaling, factor, weights, size);
     let encoder = Encoder {
         level,
         kind,

@@ -270,6 +270,7 @@ pub(crate) fn encode_squares(
                     kind,
                     scaling,
                     *factor,
+                    weights,
                     rows * size,
                 ));
             }

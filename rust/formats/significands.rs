@@ -39,17 +39,19 @@ const MOST_RUNS: usize = 64;
 const WORTH: usize = 512;
 
 impl Significands {
-    /// Those for `count` weights that share `factor`, where looking up is faster than the arithmetic.
+    /// Those for `count` of `weights` that share `factor`, where looking up is faster than the arithmetic.
     pub(super) fn new(
         level: Level,
         kind: Codes,
         scaling: Scaling,
         factor: f32,
+        weights: Weights<'_>,
         count: usize,
     ) -> Option<Self> {
         /// The least normal number of E4M3.
         const LEAST: f32 = 1.0 / 64.0;
-        if kind != Codes::E4m3 || count < WORTH || level == Level::SCALAR {
+        let is_looked_up = kind == Codes::E4m3 && matches!(weights, Weights::BF16(_));
+        if !is_looked_up || count < WORTH || level == Level::SCALAR {
             return None;
         }
         let border = match scaling {
@@ -82,6 +84,14 @@ impl Significands {
             least: least as u8,
         })
     }
+}
+
+/// The exponent below which weights become zero, given the least of a table. No weight of the latter is more than
+/// 2⁻⁴ when it is scaled, and what is 7 exponents less is below half the least number of E4M3, which is 2⁻⁹.
+#[inline]
+#[cfg_attr(any(feature = "scalar", not(target_arch = "x86_64")), allow(dead_code))]
+pub(crate) fn tiny(least: u8) -> u8 {
+    least.saturating_sub(6)
 }
 
 /// Codes of weights, each `size` of them by a table of their own; if there is more than one, that is a multiple of
@@ -171,7 +181,8 @@ mod tests {
                     Scaling::Quotient(Dtype::BF16),
                     Scaling::Quotient(Dtype::F16),
                 ] {
-                    let made = Significands::new(level, Codes::E4m3, scaling, factor, WORTH);
+                    let given = Weights::BF16(&[]);
+                    let made = Significands::new(level, Codes::E4m3, scaling, factor, given, WORTH);
                     let Some(Significands { codes, .. }) = made else {
                         assert_eq!(level, Level::SCALAR);
                         continue;

@@ -156,6 +156,13 @@ fn pair(weights: &[f32; 32]) -> [__m512; 2] {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
+fn load_64_bytes(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
 fn store_64_bytes(vector: __m512i, bytes: &mut [u8; 64]) {
     // SAFETY: the reference is to 64 writable bytes; the store takes any alignment.
     unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector) }

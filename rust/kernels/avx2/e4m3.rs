@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{load_32_bytes, load_bytes, store_32_bytes};
-use crate::formats::significands::{Significands, COUNT, EXPONENTS, RUN};
+use crate::formats::significands::{tiny, Significands, COUNT, EXPONENTS, RUN};
 
 #[target_feature(enable = "avx2")]
 pub(in crate::kernels) fn look_up_e4m3(
@@ -87,8 +87,7 @@ impl LookUp {
             _mm256_packus_epi16(_mm256_srli_epi16::<8>(front), _mm256_srli_epi16::<8>(back));
         let last = _mm256_and_si256(_mm256_srli_epi16::<7>(lower), _mm256_set1_epi8(1));
         let exponent = _mm256_or_si256(_mm256_add_epi8(upper, upper), last);
-        // What is that much smaller becomes zero: see the version for wider vectors.
-        let tiny = _mm256_set1_epi8(least.saturating_sub(6).cast_signed());
+        let tiny = _mm256_set1_epi8(tiny(least).cast_signed());
         let is_more = _mm256_cmpeq_epi8(_mm256_max_epu8(exponent, tiny), exponent);
         let least = _mm256_set1_epi8(least.cast_signed());
         let above = _mm256_and_si256(_mm256_sub_epi8(exponent, least), is_more);

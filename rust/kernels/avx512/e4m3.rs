@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 
 use super::orders::{bits_of, greatest_of};
-use super::{store_32_bytes, store_64_bytes};
-use crate::formats::significands::{Significands, COUNT, EXPONENTS, MX_BLOCKS, RUN};
+use super::{load_64_bytes, store_32_bytes, store_64_bytes};
+use crate::formats::significands::{tiny, Significands, COUNT, EXPONENTS, MX_BLOCKS, RUN};
 use crate::kernels::avx2;
 
 /// With permutations of bytes (VBMI), or as the level below does it.
@@ -107,13 +107,6 @@ unsafe fn look_up_blocks(
     missed
 }
 
-/// The exponent below which weights become zero, given the least of a table. No weight of the latter is more than
-/// 2⁻⁴ when it is scaled, and what is 7 exponents less is below half the least number of E4M3, which is 2⁻⁹.
-#[inline]
-fn tiny(least: u8) -> u8 {
-    least.saturating_sub(6)
-}
-
 /// A number in every byte of the lower half, and of the upper one.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -178,7 +171,8 @@ impl LookUp {
         place: &mut [u8; RUN],
     ) -> bool {
         let [low, high] = self.table;
-        let [front, back] = halves(run);
+        let (halves, _) = run.as_chunks();
+        let (front, back) = (bits_of(&halves[0]), bits_of(&halves[1]));
         // Of each weight the last bit of its exponent and its significand; its sign and the exponent's other bits.
         let lower = _mm512_permutex2var_epi8(front, self.lower, back);
         let upper = _mm512_permutex2var_epi8(front, self.upper, back);
@@ -201,18 +195,4 @@ impl LookUp {
         let steps = _mm512_set1_epi8(EXPONENTS.cast_signed() - 1);
         _mm512_cmpgt_epu8_mask(above, steps) != 0
     }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_64_bytes(bytes: &[u8; 64]) -> __m512i {
-    // SAFETY: the reference is to 64 readable bytes; the load takes any alignment.
-    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn halves(run: &[[u8; 2]; RUN]) -> [__m512i; 2] {
-    let (halves, _) = run.as_flattened().as_chunks();
-    [load_64_bytes(&halves[0]), load_64_bytes(&halves[1])]
 }
